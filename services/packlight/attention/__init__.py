@@ -1,0 +1,1 @@
+"""Attention over pages: the backend seam and its implementations."""

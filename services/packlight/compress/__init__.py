@@ -1,0 +1,1 @@
+"""Packing: scorer x budget x reader x codec, and the recipe table."""

@@ -1,0 +1,163 @@
+"""The configuration tree: every knob of every process, its type, its limits and its default.
+
+Knows plain dictionaries. Reading files and command lines is the CLI's job. One YAML file has the same shape everywhere
+(laptop, container, ConfigMap) and every process reads the part it needs; `--set a.b=c` changes one leaf. From the
+environment come identity (`POD_NAME`, `POD_IP`) and secrets (`REDIS_URL`) only. `docs/configuration.md` is generated
+from this file.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from packlight.core.errors import ConfigError
+
+
+class DType(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    path: str = Field(
+        "smollm2",
+        description="A folder of safetensors, a GGUF file, a Hugging Face hub id, the name of a packaged model "
+        "(`smollm2`), or `fake` (arithmetic instead of a model, for tests).",
+    )
+    name: str | None = Field(None, description="The name clients use. Default: derived from `path`.")
+    dtype: DType = Field(
+        DType.AUTO,
+        description="Of weights, activations and KV. `auto`: bfloat16 where the device computes in it, else float32.",
+    )
+    device: str = Field("cpu", description="A torch device: `cpu`, `cuda`, `cuda:1`.")
+    max_context: int | None = Field(
+        None, ge=16, description="Longest prompt plus answer, in tokens. Default: the model's."
+    )
+    cache_dir: str | None = Field(None, description="Where converted models are kept. Default: `~/.cache/packlight`.")
+
+
+class KVConfig(Section):
+    page_size: int = Field(16, ge=1, le=256, description="Tokens per page. The whole fleet must agree on it.")
+    recipe: str = Field("none", description="The recipe of a request that does not name one.")
+    budget: int | None = Field(None, ge=1, description="Default tokens kept per KV head, for recipes that drop tokens.")
+
+
+class RouterConfig(Section):
+    host: str = Field("127.0.0.1", description="Address the HTTP API listens on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port of the HTTP API; 0 picks a free one.")
+    max_inflight: int = Field(256, ge=1, description="Requests accepted and unfinished at once; one more gets 429.")
+    max_body_bytes: int = Field(8 << 20, ge=1024, description="Largest request body.")
+    request_timeout_s: float = Field(600.0, gt=0, description="Longest a request may take, end to end.")
+    keepalive_s: float = Field(15.0, gt=0, description="An idle SSE stream sends a comment this often.")
+    max_attempts: int = Field(2, ge=1, le=5, description="Workers tried for one request before its error is shown.")
+    drain_s: float = Field(30.0, ge=0, description="On SIGTERM: how long running requests may still take.")
+
+
+class WorkerSection(Section):
+    host: str = Field("127.0.0.1", description="Address the gRPC server listens on.")
+    port: int = Field(0, ge=0, le=65535, description="Port of the gRPC server; 0 picks a free one.")
+    advertise: str | None = Field(
+        None, description="Address other workers reach this one at. Default: `POD_IP` or `host`, with the port."
+    )
+    worker_id: str | None = Field(None, description="Default: `POD_NAME`, else role and process id.")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="Port of `/metrics`; none when unset.")
+    attention: str = Field("reference", description="Attention backend.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of one step. Default: torch's own choice.")
+    kv_memory_bytes: int = Field(1 << 30, ge=1 << 16, description="Memory of the KV pool.")
+    max_queue: int = Field(64, ge=1, description="Requests waiting for admission; one more is refused.")
+    drain_s: float = Field(30.0, ge=0, description="On SIGTERM: how long running requests may still take.")
+
+
+class PrefillConfig(WorkerSection):
+    chunk_tokens: int = Field(512, ge=1, description="Tokens prefilled in one step, over all prompts in the step.")
+    max_prompts: int = Field(8, ge=1, description="Prompts in one step.")
+
+
+class DecodeConfig(WorkerSection):
+    max_batch: int = Field(16, ge=1, description="Requests that decode together in one step.")
+    transports: list[str] = Field(
+        ["inproc", "grpc"],
+        description="KV transports this worker accepts, best first; the first both ends know is used.",
+    )
+    prefill_timeout_s: float = Field(
+        60.0, gt=0, description="Longest silence of a prefill worker before the request is tried elsewhere."
+    )
+
+
+class IndexConfig(Section):
+    backend: str = Field("memory", description="`memory` (one process) or `redis` (a fleet).")
+    redis_url: str | None = Field(None, description="Default: `REDIS_URL`.")
+    timeout_s: float = Field(0.02, gt=0, description="No request waits longer than this on Redis.")
+    breaker_s: float = Field(1.0, gt=0, description="After a failure Redis is left alone for this long.")
+    max_nodes: int = Field(100_000, ge=100, description="Radix nodes kept per model; the least recently used go first.")
+
+
+class FleetConfig(Section):
+    backend: str = Field("memory", description="`memory` (one process) or `redis`.")
+    heartbeat_s: float = Field(1.0, gt=0, description="How often a worker reports.")
+    ttl_s: float = Field(5.0, gt=0, description="A worker silent for this long is dead.")
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    kv: KVConfig = KVConfig()
+    router: RouterConfig = RouterConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+    index: IndexConfig = IndexConfig()
+    fleet: FleetConfig = FleetConfig()
+    log_level: str = Field(
+        "info", pattern="^(debug|info|warning|error)$", description="Least severe level that is logged."
+    )
+
+
+def build_config(tree: dict[str, Any], overrides: list[str] | None = None) -> Config:
+    """The typed tree of `tree` (a parsed YAML file) with `a.b=c` overrides applied.
+
+    Raises ConfigError naming the path, the value and the limit."""
+    merged = dict(tree)
+    for override in overrides or []:
+        _apply(merged, override)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override}: expected path=value, for example --set router.port=8080")
+    *parents, leaf = path.split(".")
+    for name in parents:
+        child = tree.get(name)
+        tree[name] = dict(child) if isinstance(child, dict) else {}
+        tree = tree[name]
+    tree[leaf] = _scalar(value)
+
+
+def _scalar(text: str) -> Any:
+    """`null`, booleans, lists `[a,b]`; numbers stay text, which pydantic converts to the field's type."""
+    if text in ("null", "none", "~"):
+        return None
+    if text in ("true", "false"):
+        return text == "true"
+    if text.startswith("[") and text.endswith("]"):
+        return [item.strip() for item in text[1:-1].split(",") if item.strip()]
+    return text
+
+
+def _explain(detail: Any) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{path}: no such setting (docs/configuration.md lists them all)"
+    return f"{path}: {detail['msg'].lower()}, got {detail['input']!r}"

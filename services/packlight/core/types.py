@@ -1,0 +1,256 @@
+"""The values that cross between the router, the workers and the engine.
+
+Knows what a request, an answer event and a usage report are. Does not know HTTP, protobuf, tensors or files.
+
+Life of a request, and the events that report it:
+
+    router ── GenerateRequest ──▶ decode worker ── PrefillRequest ──▶ prefill worker
+    router ◀── Tokens ... Tokens, then exactly one of Finished | Failed ── decode worker
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from packlight.core.errors import PacklightError
+
+RequestId = str
+WorkerId = str
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one token is drawn. The noise is `counter_uniform(seed, position)`: nothing else is random.
+
+    temperature 0 means greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 mean off. `repetition_penalty` counts prompt and
+    generated tokens, presence and frequency penalties count generated tokens only. `num_logprobs` None means that no
+    log-probabilities are wanted; 0 means the chosen token's only.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    num_logprobs: int | None = None
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """The token is the argmax of the raw logits."""
+        return self.temperature == 0.0 and not self.has_penalties and not self.logit_bias
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """When generation ends, in token terms. Stop *strings* are the router's, which knows text.
+
+    `max_tokens` counts all generated tokens of the answer, including those of a resumed request's earlier life.
+    """
+
+    max_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+    def ends(self, token_id: int, num_generated: int) -> FinishReason | None:
+        """Why the answer ends with `token_id`, its `num_generated`-th token, or None."""
+        is_eos = token_id in self.eos_token_ids and not self.ignore_eos
+        if (is_eos or token_id in self.stop_token_ids) and num_generated >= self.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if num_generated >= self.max_tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class PackSpec:
+    """A recipe with its parameters, all defaults filled in: what to keep of a prompt's KV.
+
+    `budget_tokens` is the number of prompt tokens kept per KV head, sinks and window included. `ratio` gives it as a
+    share of the prompt instead; exactly one of the two is set unless the recipe keeps everything. `kernel` None lets
+    the scorer choose its pooling width from the budget. See `compress/recipes.py` for the table of recipes.
+    """
+
+    recipe: str = "none"
+    budget_tokens: int | None = None
+    ratio: float | None = None
+    window: int = 32
+    sinks: int = 4
+    kernel: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One answer to produce.
+
+    `token_ids` is the prompt, followed by tokens already generated when an answer is resumed on another worker;
+    `num_prompt_tokens` marks the border, and selection is anchored there. `prefill_address` names the prefill worker
+    that the router chose. `deadline_s` is the time left, in seconds, when the message is sent.
+    """
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    stop: StopRules
+    pack: PackSpec = PackSpec()
+    cache_salt: str = ""
+    prefill_id: WorkerId = ""
+    prefill_address: str = ""
+    deadline_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRequest:
+    """What a decode worker asks of a prefill worker. `max_new_tokens` lets it skip packing when one token is enough."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    pack: PackSpec
+    cache_salt: str = ""
+    transport: str = ""
+    deadline_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token. `logprob` and `top_logprobs` (id, value; best first) come from the raw distribution, before
+    penalties, temperature and filters."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KVUsage:
+    """What packing did to one request. `num_kept_tokens` is the mean over layers and KV heads, in prompt tokens."""
+
+    recipe: str = "none"
+    num_kept_tokens: float = 0.0
+    shipped_bytes: int = 0
+    exact_bytes: int = 0
+    retained_mass: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time to the first tokens went, in seconds. Each is the gap between two events of the request's life."""
+
+    decode_queue_s: float = 0.0
+    prefill_queue_s: float = 0.0
+    prefill_s: float = 0.0
+    select_s: float = 0.0
+    transfer_s: float = 0.0
+    first_step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one answer, as billed: a retry or a resumption does not change them."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+    kv: KVUsage = KVUsage()
+    timings: Timings = Timings()
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Some more tokens of an answer, in order."""
+
+    request_id: RequestId
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The answer is complete. Terminal."""
+
+    request_id: RequestId
+    reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The answer could not be completed. Terminal. `error.retryable` says whether another worker may succeed."""
+
+    request_id: RequestId
+    error: PacklightError
+
+
+GenerateEvent = Tokens | Finished | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What the control plane and the page books need to know of a model. `fingerprint` names weights, tokenizer and
+    dtype: two workers with the same one compute the same KV."""
+
+    name: str
+    fingerprint: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    sliding_windows: tuple[int | None, ...] = ()
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of exact K and V of one token over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What a worker says of itself in each heartbeat: enough to predict how long a new request would wait there."""
+
+    num_running: int = 0
+    num_queued: int = 0
+    num_queued_tokens: int = 0
+    num_free_pages: int = 0
+    num_total_pages: int = 0
+    tokens_per_s: float = 0.0
+    step_s: float = 0.0
+    ship_bytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A live worker. `generation` grows with every restart of the same id, so that old claims can be told apart."""
+
+    worker_id: WorkerId
+    generation: int
+    role: Role
+    address: str
+    model: str
+    fingerprint: str
+    compatibility: str
+    page_size: int = 16
+    max_context: int = 0
+    draining: bool = False
+    load: WorkerLoad = field(default_factory=WorkerLoad)

@@ -1,0 +1,1 @@
+"""The decode process: packed KV and continuous batching."""

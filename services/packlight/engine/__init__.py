@@ -1,0 +1,1 @@
+"""Running a model over pages: batches, the runner, the sampler, the fake model."""

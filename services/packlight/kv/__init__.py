@@ -1,0 +1,1 @@
+"""KV memory: page books (ints), the radix cache of exact KV (ints), and the pool (tensors)."""

@@ -1,0 +1,1 @@
+"""Loading models and tokenizers, and the adapter onto the transformers attention interface."""

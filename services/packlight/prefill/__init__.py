@@ -1,0 +1,1 @@
+"""The prefill process: exact KV, prefix cache, selection and shipping."""

@@ -1,0 +1,1 @@
+"""The fleet-wide prefix index: who holds how much of a prompt."""

@@ -1,0 +1,1 @@
+"""The router process: the OpenAI API, tokenisation, placement and retries."""

@@ -1,0 +1,1 @@
+"""Metrics and logs: one catalogue, injected registries."""
