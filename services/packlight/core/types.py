@@ -72,10 +72,16 @@ class StopRules:
     ignore_eos: bool = False
     min_tokens: int = 0
 
+    def banned(self, num_generated: int) -> tuple[int, ...]:
+        """The tokens that may not come next, after `num_generated` of the answer: ends, while it is too short."""
+        if num_generated >= self.min_tokens:
+            return ()
+        return self.stop_token_ids if self.ignore_eos else (*self.eos_token_ids, *self.stop_token_ids)
+
     def ends(self, token_id: int, num_generated: int) -> FinishReason | None:
         """Why the answer ends with `token_id`, its `num_generated`-th token, or None."""
         is_eos = token_id in self.eos_token_ids and not self.ignore_eos
-        if (is_eos or token_id in self.stop_token_ids) and num_generated >= self.min_tokens:
+        if is_eos or token_id in self.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_generated >= self.max_tokens else None
 
@@ -120,7 +126,10 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class PrefillRequest:
-    """What a decode worker asks of a prefill worker. `max_new_tokens` lets it skip packing when one token is enough."""
+    """What a decode worker asks of a prefill worker.
+
+    Tokens after `num_prompt_tokens` were generated earlier; `banned_token_ids` may not be sampled as the first token
+    (an end that comes before `min_tokens`). `transports` are those the caller can receive by, best first."""
 
     request_id: RequestId
     token_ids: tuple[int, ...]
@@ -128,7 +137,8 @@ class PrefillRequest:
     sampling: SamplingParams
     pack: PackSpec
     cache_salt: str = ""
-    transport: str = ""
+    transports: tuple[str, ...] = ("grpc",)
+    banned_token_ids: tuple[int, ...] = ()
     deadline_s: float = 600.0
 
 

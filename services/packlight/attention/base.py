@@ -1,0 +1,82 @@
+"""The attention seam: what a backend is given, and what it must do with it.
+
+Knows batches over pages. Does not know models, requests, schedulers or how tokens were selected.
+
+Legend: T tokens of the batch, B requests, H query heads, K KV heads, G = H / K, D head dim, S stored tokens,
+L layers, M pages per head.
+
+A batch is described once per step and `plan`ned once; the plan is then called by every layer:
+
+    plan = backend.plan(batch)                  # host work, lengths only
+    model.forward(tokens, positions, plan, ...) # each layer: plan.attend(layer, q, k, v, ...) -> out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from packlight.kv.pool import KVPool
+from packlight.kv.table import HeadPageTable
+
+LayerHook = Callable[[int, Tensor, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Some next tokens of one prompt: rows `start : start + num_tokens` of the flat batch.
+
+    `num_context` tokens of the same prompt are stored already; `blocks` `[ceil((context + tokens) / P)]` int64 holds
+    both them and the new ones."""
+
+    start: int
+    num_tokens: int
+    num_context: int
+    blocks: Tensor
+
+    @property
+    def num_stored(self) -> int:
+        """Tokens stored once this chunk is written."""
+        return self.num_context + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBatch:
+    """Chunks of several prompts, flat. Each token sees its own prompt up to itself.
+
+    `on_layer(layer, q_THD, scale)` is called after a layer's K and V are stored and its output is computed: selection
+    and shipping of that layer start there, while the next layer computes."""
+
+    pool: KVPool
+    chunks: tuple[PrefillChunk, ...]
+    on_layer: LayerHook | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """One new token for each of `rows` of the head-page table; each head has room for it already (`table.grow`).
+
+    The new token is stored at index `table.lengths[row, layer, head]` and sees all stored tokens and itself."""
+
+    pool: KVPool
+    table: HeadPageTable
+    rows: tuple[int, ...]
+
+
+class AttentionPlan(Protocol):
+    def attend(
+        self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        """Store k and v, attend, return `out_THD`. Query head h reads KV head h // G. With a sliding window of w, a
+        token sees itself and the w - 1 before it; in packed KV these are the last w stored ones, because packing
+        keeps an unbroken tail in such layers."""
+        ...
+
+
+class AttentionBackend(Protocol):
+    def plan(self, batch: PrefillBatch | DecodeBatch) -> AttentionPlan:
+        """Prepare one step. The plan is valid until the batch's tables change."""
+        ...

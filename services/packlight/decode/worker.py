@@ -1,0 +1,377 @@
+"""The decode worker: packed KV in, tokens out, many requests in one batch.
+
+One loop owns all state: admit, join, run, commit, emit. Only this file awaits; what a request may need is decided in
+`admission.py`, what a shipment must be in `intake.py`.
+
+Pages and the row of a request have one way out, `_close`. While a step runs, the requests in it are only marked: the
+compute thread still reads their pages, and the next step begins by closing them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+
+from packlight.core.config import DecodeConfig
+from packlight.core.errors import (
+    DeadlineExceeded,
+    Draining,
+    InternalError,
+    PacklightError,
+    QueueFull,
+    ShipmentCorrupt,
+    WorkerLost,
+)
+from packlight.core.shipping import Accepted, FirstToken, PrefillClient, PrefillEvent, Shipped, compatibility_hash
+from packlight.core.types import (
+    Failed,
+    Finished,
+    FinishReason,
+    GenerateEvent,
+    GenerateRequest,
+    PrefillRequest,
+    Token,
+    Tokens,
+    WorkerLoad,
+)
+from packlight.decode.admission import Reservations, check_fits, pages_needed
+from packlight.decode.intake import Intake
+from packlight.decode.task import Sink, Stage, Task
+from packlight.engine.compute import Compute
+from packlight.engine.runner import Runner
+from packlight.engine.sampler import PenaltyState, SampleRow, sample
+from packlight.kv.pages import PageBook
+from packlight.kv.table import HeadPageTable
+from packlight.telemetry.metrics import DecodeMetrics
+
+Clock = Callable[[], float]
+PrefillClients = Callable[[str, str], PrefillClient]
+"""(worker id, address) -> client."""
+
+
+class DecodeWorker:
+    """Answers `generate` calls. Create it on the event loop, then keep `run` running until `close`."""
+
+    def __init__(
+        self,
+        config: DecodeConfig,
+        runner: Runner,
+        compute: Compute,
+        clients: PrefillClients,
+        *,
+        metrics: DecodeMetrics,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._config, self._runner, self._compute, self._clients = config, runner, compute, clients
+        self._metrics, self._clock = metrics, clock
+        pool = runner.pool
+        self._book = PageBook(pool.num_head_pages)
+        self._reservations = Reservations(pool.num_head_pages)
+        self._table = HeadPageTable(
+            self._book,
+            num_rows=config.max_batch,
+            num_layers=pool.num_layers,
+            num_kv_heads=pool.num_kv_heads,
+            page_size=pool.page_size,
+        )
+        self._queue: list[Task] = []
+        self._admitted: list[Task] = []
+        self._stepping: list[Task] = []
+        self._wake = asyncio.Event()
+        self._step_s = 0.0
+        self._draining = False
+
+    # ── the public side ──────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def compatibility(self) -> str:
+        pool = self._runner.pool
+        return compatibility_hash(self._runner.model.spec, pool.page_size, str(pool.dtype))
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
+        """The events of one request, the last one terminal. Closing the iterator cancels the rest of the work.
+
+        Raises QueueFull, Draining or RequestNeverFits at once."""
+        events: asyncio.Queue[GenerateEvent] = asyncio.Queue()
+        task = self.submit(request, events.put_nowait)
+        try:
+            while True:
+                event = await events.get()
+                yield event
+                if not isinstance(event, Tokens):
+                    return
+        finally:
+            self.cancel(task)
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> Task:
+        """Accept a request whose events go to `sink`, exactly one of them terminal unless it is cancelled first."""
+        task = self._accept(request, sink)
+        task.alarm = asyncio.get_running_loop().call_later(request.deadline_s, self._overdue, task)
+        self._queue.append(task)
+        self._admit()
+        return task
+
+    def cancel(self, task: Task) -> None:
+        """Nobody wants the rest. Frees everything now, or right after the step that is running. Idempotent."""
+        self._end(task)
+
+    async def run(self) -> None:
+        """Step for ever. A step that raises fails its requests, not the worker."""
+        while True:
+            if not any(task.stage in (Stage.READY, Stage.RUNNING) for task in self._admitted):
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            await self._step()
+
+    def load(self) -> WorkerLoad:
+        return WorkerLoad(
+            num_running=len(self._admitted),
+            num_queued=len(self._queue),
+            num_free_pages=self._reservations.num_free,
+            num_total_pages=self._reservations.num_total,
+            step_s=self._step_s,
+        )
+
+    def drain(self) -> None:
+        """Refuse new requests; those accepted go on."""
+        self._draining = True
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._queue) + len(self._admitted)
+
+    def check(self) -> None:
+        """Verify the page books and reservations against every request that holds pages."""
+        self._book.check([self._table.held(task.row) for task in self._admitted])
+        if self._reservations.num_reserved != sum(task.num_reserved_pages for task in self._admitted):
+            raise InternalError(
+                f"{self._reservations.num_reserved} pages are reserved, admitted requests say otherwise"
+            )
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _step(self) -> None:
+        batch = self._join()
+        if not batch:
+            return
+        self._table.grow([task.row for task in batch])
+        started = self._clock()
+        self._stepping = batch
+        try:
+            tokens = await self._compute.run(lambda: self._run(batch))
+        except Exception as error:
+            self._fail_step(batch, error)
+            return
+        finally:
+            self._stepping = []
+        self._commit(batch, tokens, self._clock() - started)
+
+    def _join(self) -> list[Task]:
+        """Close what was cancelled during the last step; everything whose pages are here runs."""
+        for task in list(self._admitted):
+            if task.cancelled:
+                self._close(task)
+            elif task.stage is Stage.READY:
+                task.stage = Stage.RUNNING
+        return [task for task in self._admitted if task.stage is Stage.RUNNING]
+
+    def _run(self, batch: Sequence[Task]) -> list[Token | InternalError]:
+        """On the compute thread: store the newest token of each request and draw the next."""
+        logits = self._runner.decode(
+            self._table,
+            [task.row for task in batch],
+            [task.generated[-1] for task in batch],
+            [task.next_position for task in batch],
+        )
+        return sample(logits, [self._sample_row(task) for task in batch])
+
+    def _sample_row(self, task: Task) -> SampleRow:
+        request = task.request
+        return SampleRow(
+            params=request.sampling,
+            position=task.next_position + 1,
+            penalties=task.penalties,
+            banned_token_ids=request.stop.banned(task.num_generated),
+        )
+
+    def _commit(self, batch: Sequence[Task], tokens: Sequence[Token | InternalError], elapsed_s: float) -> None:
+        self._table.advance([task.row for task in batch])
+        for task, token in zip(batch, tokens, strict=True):
+            if task.cancelled:
+                self._close(task)
+            elif isinstance(token, InternalError):
+                self._fail(task, token)
+            else:
+                self._emit(task, token)
+        self._step_s = elapsed_s if not self._step_s else 0.8 * self._step_s + 0.2 * elapsed_s
+        self._metrics.observe_step(len(batch), elapsed_s)
+        self._admit()
+
+    def _emit(self, task: Task, token: Token) -> None:
+        """One more token: out it goes, and perhaps the end with it."""
+        task.add(token)
+        if len(task.generated) == 2:
+            task.note(first_step_s=self._clock() - task.ready_s)
+        task.sink(Tokens(task.request.request_id, (token,)))
+        reason = task.request.stop.ends(token.token_id, task.num_generated)
+        if reason is not None:
+            self._finish(task, reason)
+
+    def _fail_step(self, batch: Sequence[Task], error: Exception) -> None:
+        reported = error if isinstance(error, PacklightError) else InternalError(f"decode step failed: {error!r}")
+        for task in batch:
+            self._fail(task, reported)
+
+    # ── fetching the KV of one request ───────────────────────────────────────────────────────────────────────────
+
+    async def _fetch(self, task: Task) -> None:
+        """Pull one shipment. Whatever goes wrong becomes the request's terminal event."""
+        request = task.request
+        try:
+            await self._pull(task)
+        except PacklightError as error:
+            error.worker_id = error.worker_id or request.prefill_id
+            self._fail(task, error)
+        except TimeoutError:
+            silence = f"prefill worker {request.prefill_id} was silent for {self._config.prefill_timeout_s:.0f} s"
+            self._fail(task, WorkerLost(silence, worker_id=request.prefill_id))
+        except Exception as error:
+            self._fail(task, InternalError(f"fetching the KV failed: {error!r}"))
+
+    async def _pull(self, task: Task) -> None:
+        request = task.request
+        intake = Intake(
+            self._runner.pool,
+            self._table,
+            task.row,
+            compatibility=self.compatibility,
+            transports=tuple(self._config.transports),
+            max_tokens=len(request.token_ids),
+        )
+        client = self._clients(request.prefill_id, request.prefill_address)
+        try:
+            async with aclosing(client.prefill(self._prefill_request(request))) as events:
+                while (event := await self._next(events)) is not None:
+                    self._receive(task, intake, event)
+                    if task.stage is not Stage.FETCHING:
+                        return
+        finally:
+            intake.release()
+        raise ShipmentCorrupt("the prefill stream ended without saying so")
+
+    async def _next(self, events: AsyncIterator[PrefillEvent]) -> PrefillEvent | None:
+        async with asyncio.timeout(self._config.prefill_timeout_s):
+            return await anext(events, None)
+
+    def _receive(self, task: Task, intake: Intake, event: PrefillEvent) -> None:
+        match event:
+            case Accepted():
+                intake.accept(event)
+            case FirstToken():
+                task.first_token_s = self._clock()
+                task.num_cached_tokens = event.num_cached_tokens
+                self._emit(task, event.token)
+            case Shipped():
+                intake.finish(event)
+                self._become_ready(task, event)
+            case _:
+                intake.take(event)
+                task.received_bytes = intake.num_bytes
+
+    def _become_ready(self, task: Task, shipped: Shipped) -> None:
+        if not task.generated:
+            raise ShipmentCorrupt("the shipment ended without a first token")
+        task.shipped, task.ready_s, task.stage = shipped, self._clock(), Stage.READY
+        task.note(
+            prefill_queue_s=shipped.queue_s,
+            prefill_s=shipped.prefill_s,
+            select_s=shipped.select_s,
+            transfer_s=task.ready_s - task.first_token_s,
+        )
+        self._metrics.observe_shipment(
+            task.request.pack.recipe,
+            shipped.num_kept_tokens,
+            shipped.shipped_bytes,
+            shipped.exact_bytes,
+            shipped.retained_mass,
+        )
+        self._wake.set()
+
+    def _prefill_request(self, request: GenerateRequest) -> PrefillRequest:
+        num_resumed = len(request.token_ids) - request.num_prompt_tokens
+        return PrefillRequest(
+            request_id=request.request_id,
+            token_ids=request.token_ids,
+            num_prompt_tokens=request.num_prompt_tokens,
+            sampling=request.sampling,
+            pack=request.pack,
+            cache_salt=request.cache_salt,
+            transports=tuple(self._config.transports),
+            banned_token_ids=request.stop.banned(num_resumed),
+            deadline_s=request.deadline_s,
+        )
+
+    # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _accept(self, request: GenerateRequest, sink: Sink) -> Task:
+        if self._draining:
+            raise Draining("this decode worker is shutting down", retry_after_s=1.0)
+        if len(self._queue) >= self._config.max_queue:
+            raise QueueFull(f"decode queue is full ({self._config.max_queue} requests wait)", retry_after_s=1.0)
+        num_pages = pages_needed(request, self._runner.model.spec, self._runner.pool.page_size)
+        check_fits(num_pages, self._reservations.num_total)
+        return Task(request, sink, num_pages, arrived_s=self._clock())
+
+    def _admit(self) -> None:
+        """Start fetching for waiting requests, oldest first, as long as rows and reservations last."""
+        while self._queue and self._table.num_free_rows and self._reservations.take(self._queue[0].num_reserved_pages):
+            task = self._queue.pop(0)
+            task.row, task.stage, task.admitted_s = self._table.open(), Stage.FETCHING, self._clock()
+            task.note(decode_queue_s=task.admitted_s - task.arrived_s)
+            if task.request.sampling.has_penalties:
+                prompt, resumed = task.prompt_and_resumed()
+                task.penalties = PenaltyState(prompt, resumed)
+            self._admitted.append(task)
+            task.fetch = asyncio.create_task(self._fetch(task))
+        self._metrics.set_queue(len(self._queue))
+        self._metrics.set_pages(self._book.num_free, self._book.num_held, 0)
+
+    def _finish(self, task: Task, reason: FinishReason) -> None:
+        task.sink(Finished(task.request.request_id, reason, task.usage()))
+        self._end(task)
+
+    def _fail(self, task: Task, error: PacklightError) -> None:
+        if task.stage is not Stage.CLOSED and not task.cancelled:
+            self._metrics.count_error(type(error).__name__)
+            task.sink(Failed(task.request.request_id, error))
+        self._end(task)
+
+    def _overdue(self, task: Task) -> None:
+        self._fail(task, DeadlineExceeded(f"the request took longer than {task.request.deadline_s:.0f} s"))
+
+    def _end(self, task: Task) -> None:
+        if task in self._stepping:
+            task.cancelled = True
+        else:
+            self._close(task)
+
+    def _close(self, task: Task) -> None:
+        """The one way out of pages, row and reservation."""
+        if task.stage is Stage.CLOSED:
+            return
+        if task.stage is Stage.QUEUED:
+            self._queue.remove(task)
+        else:
+            self._admitted.remove(task)
+            self._table.close(task.row)
+            self._reservations.give_back(task.num_reserved_pages)
+        task.stage = Stage.CLOSED
+        if task.alarm is not None:
+            task.alarm.cancel()
+        if task.fetch is not None and task.fetch is not asyncio.current_task():
+            task.fetch.cancel()
+        self._admit()
+        self._wake.set()

@@ -1,0 +1,68 @@
+"""Running a model over pages: from plain lists of tokens and pages to logits.
+
+Knows the model, its pool and the attention backend. Does not know requests, queues, the network, or how tokens are
+sampled. Called on the compute thread; one call is one step.
+
+Legend: T tokens of the step, R rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packlight.attention.base import AttentionBackend, DecodeBatch, LayerHook, PrefillBatch, PrefillChunk
+from packlight.kv.pages import PageIds
+from packlight.kv.pool import KVPool
+from packlight.kv.table import HeadPageTable
+from packlight.models.base import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkWork:
+    """Tokens `start : start + len(token_ids)` of one prompt; `blocks` reach to the end of the chunk at least."""
+
+    token_ids: Sequence[int]
+    start: int
+    blocks: PageIds
+    wants_logits: bool
+
+
+class Runner:
+    """One model over one pool. Two runners may share a model: it keeps no state between calls."""
+
+    def __init__(self, model: LanguageModel, pool: KVPool, backend: AttentionBackend) -> None:
+        self.model, self.pool, self.backend = model, pool, backend
+        self._device = pool.k.device
+
+    def prefill(self, works: Sequence[ChunkWork], on_layer: LayerHook | None = None) -> Tensor:
+        """Store the KV of all chunks; logits `[R, V]` of the last token of each chunk that wants them, in order."""
+        chunks, ends = [], []
+        start = 0
+        for work in works:
+            num_tokens = len(work.token_ids)
+            num_blocks = -(-(work.start + num_tokens) // self.pool.page_size)
+            chunks.append(PrefillChunk(start, num_tokens, work.start, self._ids(work.blocks[:num_blocks])))
+            start += num_tokens
+            if work.wants_logits:
+                ends.append(start - 1)
+        batch = PrefillBatch(self.pool, tuple(chunks), on_layer)
+        tokens_T = self._ids([token for work in works for token in work.token_ids])
+        positions_T = torch.cat([torch.arange(w.start, w.start + len(w.token_ids), device=self._device) for w in works])
+        with torch.inference_mode():
+            return self.model.forward(tokens_T, positions_T, self.backend.plan(batch), self._ids(ends))
+
+    def decode(
+        self, table: HeadPageTable, rows: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]
+    ) -> Tensor:
+        """Store one token per row (room was made by `table.grow`) and return the logits `[R, V]` of all rows."""
+        batch = DecodeBatch(self.pool, table, tuple(rows))
+        every_row_R = torch.arange(len(rows), device=self._device)
+        with torch.inference_mode():
+            return self.model.forward(self._ids(token_ids), self._ids(positions), self.backend.plan(batch), every_row_R)
+
+    def _ids(self, values: Sequence[int] | PageIds) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.int64, device=self._device)

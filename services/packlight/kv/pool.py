@@ -1,0 +1,81 @@
+"""The KV pool: the tensors behind the pages.
+
+Knows one memory, seen in three ways. Does not know who holds which page (`kv/pages.py`) or why.
+
+Legend: N blocks, L layers, K KV heads, P page size, D head dim, T tokens, S tokens of one sequence.
+
+    k, v          [N, L, K, P, D]   a block is P tokens of every layer and KV head: the unit of exact KV
+    head pages    [N*L*K, P, D]     one (block, layer, head): the unit of packed KV; id = (block * L + layer) * K + head
+    token slots   [N*L*K*P, D]      slot = head page * P + offset in the page
+
+Keys are stored after RoPE, so a page can be read without knowing where in the prompt its tokens stood.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from packlight.core.errors import ConfigError
+from packlight.core.types import ModelSpec
+
+
+def block_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
+    return page_size * spec.kv_bytes_per_token(dtype.itemsize)
+
+
+class KVPool:
+    """Memory for `num_blocks` blocks, K and V apart, zeroed once (a page's unused tail must stay finite)."""
+
+    def __init__(
+        self, spec: ModelSpec, *, num_blocks: int, page_size: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
+        self.num_blocks, self.page_size, self.dtype = num_blocks, page_size, dtype
+        self.num_layers, self.num_kv_heads, self.head_dim = spec.num_layers, spec.num_kv_heads, spec.head_dim
+        shape = (num_blocks, self.num_layers, self.num_kv_heads, page_size, self.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k_pages = self.k.view(-1, page_size, self.head_dim)
+        self.v_pages = self.v.view(-1, page_size, self.head_dim)
+        self.k_slots = self.k.view(-1, self.head_dim)
+        self.v_slots = self.v.view(-1, self.head_dim)
+
+    @classmethod
+    def of_size(
+        cls, spec: ModelSpec, *, memory_bytes: int, page_size: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> KVPool:
+        """As many blocks as fit into `memory_bytes`. Raises ConfigError if not even one does."""
+        each = block_bytes(spec, page_size, dtype)
+        if memory_bytes < each:
+            raise ConfigError(f"kv_memory_bytes: one block of {page_size} tokens needs {each}, got {memory_bytes}")
+        return cls(spec, num_blocks=memory_bytes // each, page_size=page_size, dtype=dtype, device=device)
+
+    @property
+    def num_head_pages(self) -> int:
+        return self.num_blocks * self.num_layers * self.num_kv_heads
+
+    @property
+    def head_page_bytes(self) -> int:
+        """Of K and V together."""
+        return 2 * self.page_size * self.head_dim * self.dtype.itemsize
+
+    def write_blocks(self, layer: int, blocks_T: Tensor, offsets_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
+        """Store one layer's K and V of T tokens at (block, offset in the block)."""
+        self.k[blocks_T, layer, :, offsets_T] = k_TKD
+        self.v[blocks_T, layer, :, offsets_T] = v_TKD
+
+    def read_blocks(self, layer: int, blocks: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """One layer's K and V of the first `num_tokens` tokens of a block list, each `[K, S, D]`, copied."""
+        return self._read(self.k, layer, blocks, num_tokens), self._read(self.v, layer, blocks, num_tokens)
+
+    def read_keys(self, layer: int, blocks: Tensor, num_tokens: int) -> Tensor:
+        return self._read(self.k, layer, blocks, num_tokens)
+
+    def _read(self, memory: Tensor, layer: int, blocks: Tensor, num_tokens: int) -> Tensor:
+        pages_KNPD = memory[:, layer].index_select(0, blocks).transpose(0, 1)
+        return pages_KNPD.reshape(self.num_kv_heads, -1, self.head_dim)[:, :num_tokens]
+
+    def write_pages(self, pages: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
+        """Store whole head pages: `k_pages` and `v_pages` are `[len(pages), P, D]`."""
+        self.k_pages.index_copy_(0, pages, k_pages)
+        self.v_pages.index_copy_(0, pages, v_pages)

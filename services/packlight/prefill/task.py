@@ -1,0 +1,48 @@
+"""One request on a prefill worker: its tokens, its blocks, how far it is. Plain state, owned by the worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+from packlight.core.hashing import PageHash
+from packlight.core.types import PrefillRequest
+from packlight.kv.pages import PageIds
+from packlight.prefill.outbox import Outbox
+from packlight.prefill.scheduler import Progress, final_start
+
+
+class Stage(StrEnum):
+    QUEUED = "queued"  # waits for blocks; holds nothing
+    PREFILLING = "prefilling"  # holds blocks
+    SHIPPING = "shipping"  # everything is computed, blocks are back in the cache; events wait to be read
+    CLOSED = "closed"
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    request: PrefillRequest
+    hashes: list[PageHash]
+    outbox: Outbox
+    arrived_s: float
+    transport: str
+    window: int
+    stage: Stage = Stage.QUEUED
+    blocks: PageIds = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    num_cached: int = 0
+    num_done: int = 0
+    started_s: float = 0.0
+    cancelled: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.token_ids)
+
+    @property
+    def anchor(self) -> int:
+        return self.request.num_prompt_tokens
+
+    def progress(self) -> Progress:
+        return Progress(self.num_done, self.num_tokens, final_start(self.num_tokens, self.anchor, self.window))

@@ -1,0 +1,341 @@
+"""The prefill worker: exact KV in, selected KV out.
+
+One loop owns all state: admit, plan, run, commit, emit. Only this file awaits; what to compute is decided in
+`scheduler.py`, what to keep in `compress/`, and how bytes look in `transfer/`.
+
+The life of blocks of one request (`[0, cached)` was in the radix cache, `[cached, n)` is computed):
+
+    admit    share the blocks of [0, cached), allocate blocks for [cached, n), evicting idle ones if need be
+    step     write [done, done + chunk)
+    retire   put the full pages of [0, done) into the cache, release everything; the partial last page is freed
+
+A request is retired when its last layer is packed, when its reader goes away, or when its step fails: in each case by
+`_retire`, so pages have one way out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+
+import numpy as np
+
+from packlight.compress.base import Codec
+from packlight.compress.budget import keeps_all
+from packlight.compress.recipes import CODECS, find_recipe
+from packlight.core.config import PrefillConfig
+from packlight.core.errors import Draining, InternalError, PacklightError, QueueFull, RequestNeverFits
+from packlight.core.hashing import page_hashes
+from packlight.core.shipping import Accepted, FirstToken, Manifest, PrefillEvent, compatibility_hash
+from packlight.core.types import PrefillRequest, Token, WorkerLoad
+from packlight.engine.compute import Compute
+from packlight.engine.runner import ChunkWork, Runner
+from packlight.engine.sampler import PenaltyState, SampleRow, sample
+from packlight.kv.pages import PageBook
+from packlight.kv.radix import Eviction, RadixCache
+from packlight.prefill.outbox import Outbox
+from packlight.prefill.scheduler import ChunkPlan, plan_step, usable_hit
+from packlight.prefill.shipper import Shipment, Shipper
+from packlight.prefill.task import Stage, Task
+from packlight.telemetry.metrics import PrefillMetrics
+from packlight.transfer.registry import TRANSPORTS, build_transport, choose
+from packlight.wire.manifest import encode_manifest
+
+Clock = Callable[[], float]
+
+
+class Inventory:
+    """What a worker tells the prefix index. Does nothing: the worker of a fleet gets `prefill/publisher.py` instead."""
+
+    def stored(self, hashes: Sequence[bytes]) -> None: ...
+
+    def evicted(self, lost: Sequence[Eviction]) -> None: ...
+
+
+class PrefillWorker:
+    """Answers `prefill` calls. Create it on the event loop, then keep `run` running until `close`."""
+
+    def __init__(
+        self,
+        config: PrefillConfig,
+        runner: Runner,
+        compute: Compute,
+        *,
+        metrics: PrefillMetrics,
+        inventory: Inventory | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._config, self._runner, self._compute, self._metrics, self._clock = config, runner, compute, metrics, clock
+        self._inventory = inventory or Inventory()
+        self._book = PageBook(runner.pool.num_blocks)
+        self.cache = RadixCache(self._book)
+        self._transports = {name: build_transport(name) for name in TRANSPORTS}
+        self._codecs: dict[str, Codec] = {}
+        self._queue: list[Task] = []
+        self._admitted: list[Task] = []
+        self._shipping: set[Task] = set()
+        self._wake = asyncio.Event()
+        self._tokens_per_s = 0.0
+        self._draining = False
+
+    # ── the public side ──────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def compatibility(self) -> str:
+        pool = self._runner.pool
+        return compatibility_hash(self._runner.model.spec, pool.page_size, str(pool.dtype))
+
+    async def prefill(self, request: PrefillRequest) -> AsyncGenerator[PrefillEvent, None]:
+        """The events of one request, see `core/shipping.py`. Closing the iterator cancels the rest of the work.
+
+        Raises QueueFull, Draining, RequestNeverFits or ShipmentIncompatible before anything is computed."""
+        task = self._accept(request)
+        try:
+            async with aclosing(task.outbox.read()) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._leave(task)
+
+    async def run(self) -> None:
+        """Step for ever. A step that raises fails its requests, not the worker."""
+        while True:
+            if not self._queue and not self._admitted:
+                self._wake.clear()
+                await self._wake.wait()
+            await self._step()
+
+    def load(self) -> WorkerLoad:
+        waiting = [*self._queue, *self._admitted]
+        return WorkerLoad(
+            num_running=len(self._admitted) + len(self._shipping),
+            num_queued=len(self._queue),
+            num_queued_tokens=sum(task.num_tokens - task.num_done for task in waiting),
+            num_free_pages=self._book.num_free + self._book.num_cached,
+            num_total_pages=self._book.num_pages,
+            tokens_per_s=self._tokens_per_s,
+        )
+
+    def drain(self) -> None:
+        """Refuse new requests; those accepted go on."""
+        self._draining = True
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._queue) + len(self._admitted) + len(self._shipping)
+
+    def check(self) -> None:
+        """Verify the page books against every task that holds blocks."""
+        self._book.check([task.blocks for task in self._admitted])
+        self.cache.check()
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _step(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        plan = plan_step(
+            [task.progress() for task in self._admitted],
+            chunk_tokens=self._config.chunk_tokens,
+            max_prompts=self._config.max_prompts,
+        )
+        if not plan:
+            self._wake.clear()
+            await self._wake.wait()
+            return
+        tasks = [self._admitted[chunk.index] for chunk in plan]
+        started = self._clock()
+        try:
+            tokens, shipments = await self._compute.run(lambda: self._run(plan, tasks))
+        except Exception as error:
+            self._fail(tasks, error)
+            return
+        self._measure(plan, self._clock() - started)
+        self._commit(plan, tasks, tokens, shipments)
+
+    def _drop_cancelled(self) -> None:
+        for task in [task for task in self._admitted if task.cancelled]:
+            self._retire(task, Stage.CLOSED)
+
+    def _admit(self) -> None:
+        """Give blocks to waiting requests, oldest first, as long as they fit and readers keep up."""
+        while self._queue and len(self._admitted) + len(self._shipping) < 2 * self._config.max_prompts:
+            task = self._queue[0]
+            if not self._take_blocks(task):
+                break
+            self._queue.pop(0)
+            self._admitted.append(task)
+        self._metrics.set_queue(len(self._queue))
+        self._metrics.set_pages(self._book.num_free, self._book.num_held, self._book.num_cached)
+
+    def _take_blocks(self, task: Task) -> bool:
+        page_size = self._runner.pool.page_size
+        hit = self.cache.match(task.hashes)
+        num_cached = usable_hit(len(hit) * page_size, task.num_tokens, task.anchor, task.window, page_size)
+        shared = hit[: num_cached // page_size]
+        num_new = -(-task.num_tokens // page_size) - len(shared)
+        self._book.share(shared)
+        if num_new > self._book.num_free:
+            self._inventory.evicted(self.cache.evict(num_new - self._book.num_free))
+        if num_new > self._book.num_free:
+            self._book.release(shared)
+            return False
+        task.blocks = np.concatenate([shared, self._book.allocate(num_new)])
+        task.num_cached = task.num_done = num_cached
+        task.stage, task.started_s = Stage.PREFILLING, self._clock()
+        return True
+
+    def _run(
+        self, plan: Sequence[ChunkPlan], tasks: Sequence[Task]
+    ) -> tuple[list[Token | InternalError], list[Shipment]]:
+        """On the compute thread: the chunks, and the shipments and first tokens of those that end here."""
+        works, shipments, rows, start = [], [], [], 0
+        for chunk, task in zip(plan, tasks, strict=True):
+            is_last = chunk.end == task.num_tokens
+            works.append(ChunkWork(task.request.token_ids[chunk.start : chunk.end], chunk.start, task.blocks, is_last))
+            if is_last:
+                shipments.append(self._shipment(task, start, chunk.start))
+                rows.append(self._sample_row(task))
+            start += chunk.end - chunk.start
+        shipper = Shipper(self._runner.model.spec, self._runner.pool, shipments)
+        logits = self._runner.prefill(works, shipper if shipments else None)
+        return sample(logits, rows), shipments
+
+    def _shipment(self, task: Task, start: int, context: int) -> Shipment:
+        task.outbox.put_threadsafe([self._accepted(task)])
+        return Shipment(
+            pack=task.request.pack,
+            anchor=task.anchor,
+            num_tokens=task.num_tokens,
+            blocks=task.blocks,
+            start=start,
+            context=context,
+            window=task.window,
+            sender=self._transports[task.transport].sender(),
+            codec=self._codec(task.request.pack.recipe),
+            outbox=task.outbox,
+        )
+
+    def _accepted(self, task: Task) -> Accepted:
+        spec, pool = self._runner.model.spec, self._runner.pool
+        manifest = Manifest(
+            request_id=task.request.request_id,
+            transport=task.transport,
+            recipe=task.request.pack.recipe,
+            codec=find_recipe(task.request.pack.recipe).codec,
+            dtype=spec.dtype,
+            page_size=pool.page_size,
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            num_tokens=task.num_tokens,
+        )
+        return Accepted(self.compatibility, encode_manifest(manifest))
+
+    def _sample_row(self, task: Task) -> SampleRow:
+        request, penalties = task.request, None
+        if request.sampling.has_penalties:
+            penalties = PenaltyState(request.token_ids[: task.anchor], request.token_ids[task.anchor :])
+        return SampleRow(request.sampling, task.num_tokens, penalties, request.banned_token_ids)
+
+    def _codec(self, recipe: str) -> Codec:
+        name = find_recipe(recipe).codec
+        if name not in self._codecs:
+            self._codecs[name] = CODECS.load(name)()
+        return self._codecs[name]
+
+    def _commit(
+        self,
+        plan: Sequence[ChunkPlan],
+        tasks: Sequence[Task],
+        tokens: Sequence[Token | InternalError],
+        shipments: Sequence[Shipment],
+    ) -> None:
+        ended = iter(zip(tokens, shipments, strict=True))
+        for chunk, task in zip(plan, tasks, strict=True):
+            task.num_done = chunk.end
+            result = next(ended) if chunk.end == task.num_tokens else None
+            if result is not None and not task.cancelled:
+                self._finish(task, *result)
+
+    def _finish(self, task: Task, token: Token | InternalError, shipment: Shipment) -> None:
+        self._retire(task, Stage.SHIPPING)
+        self._shipping.add(task)
+        if isinstance(token, InternalError):
+            task.outbox.fail(token)
+            return
+        task.outbox.put(FirstToken(token, task.num_cached))
+        shipped = shipment.shipped(
+            self._runner.model.spec,
+            self._runner.pool.dtype.itemsize,
+            queue_s=task.started_s - task.arrived_s,
+            prefill_s=self._clock() - task.started_s,
+        )
+        task.outbox.put(shipped)
+        self._metrics.observe_prefill(task.num_tokens, task.num_cached, shipped)
+
+    def _retire(self, task: Task, stage: Stage) -> None:
+        """The one way out of blocks: full pages stay in the cache, every reference goes."""
+        self._admitted.remove(task)
+        num_full = task.num_done // self._runner.pool.page_size
+        if num_full:
+            self.cache.insert(task.hashes[:num_full], task.blocks[:num_full])
+            self._inventory.stored(task.hashes[:num_full])
+        self._book.release(task.blocks)
+        task.stage, task.blocks = stage, task.blocks[:0]
+
+    def _fail(self, tasks: Sequence[Task], error: Exception) -> None:
+        """A step raised: its requests end with an error and nothing they computed is kept in the cache."""
+        reported = error if isinstance(error, PacklightError) else InternalError(f"prefill step failed: {error!r}")
+        self._metrics.count_error(type(reported).__name__)
+        for task in tasks:
+            task.num_done = task.num_cached
+            self._retire(task, Stage.SHIPPING)
+            self._shipping.add(task)
+            task.outbox.fail(reported)
+
+    # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _accept(self, request: PrefillRequest) -> Task:
+        self._refuse(request)
+        spec, pool = self._runner.model.spec, self._runner.pool
+        task = Task(
+            request=request,
+            hashes=page_hashes(
+                request.token_ids, pool.page_size, fingerprint=spec.fingerprint, salt=request.cache_salt
+            ),
+            outbox=Outbox(),
+            arrived_s=self._clock(),
+            transport=choose(request.transports, tuple(self._transports)),
+            window=1 if keeps_all(request.pack, request.num_prompt_tokens) else request.pack.window,
+        )
+        self._queue.append(task)
+        self._wake.set()
+        return task
+
+    def _refuse(self, request: PrefillRequest) -> None:
+        if self._draining:
+            raise Draining("this prefill worker is shutting down", retry_after_s=1.0)
+        if len(self._queue) >= self._config.max_queue:
+            raise QueueFull(f"prefill queue is full ({self._config.max_queue} requests wait)", retry_after_s=1.0)
+        num_blocks = -(-len(request.token_ids) // self._runner.pool.page_size)
+        if num_blocks > self._book.num_pages:
+            raise RequestNeverFits(
+                f"the prompt needs {num_blocks} KV blocks, the prefill pool has {self._book.num_pages}: "
+                "send a shorter prompt or raise prefill.kv_memory_bytes"
+            )
+
+    def _leave(self, task: Task) -> None:
+        """The reader is gone, with or without having read everything."""
+        if task.stage is Stage.QUEUED:
+            self._queue.remove(task)
+        elif task.stage is Stage.PREFILLING:
+            task.cancelled = True  # its step may be running: the next one begins by retiring it
+        self._shipping.discard(task)
+        self._wake.set()
+
+    def _measure(self, plan: Sequence[ChunkPlan], elapsed_s: float) -> None:
+        speed = sum(chunk.end - chunk.start for chunk in plan) / max(elapsed_s, 1e-6)
+        self._tokens_per_s = speed if not self._tokens_per_s else 0.8 * self._tokens_per_s + 0.2 * speed

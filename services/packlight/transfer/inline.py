@@ -1,0 +1,81 @@
+"""Transport inside the RPC stream itself: payloads cut into chunks of about 1 MiB. Always works.
+
+Measured on loopback, chunks of 1 MiB cost the least CPU per byte in gRPC; larger and smaller ones cost more. The
+receiver copies each chunk once, into one buffer that is allocated per shipment and reused for every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from packlight.core.errors import ShipmentCorrupt
+from packlight.core.shipping import Chunk, LayerHeader, ShipFrame
+from packlight.transfer.base import KVReceiver, KVSender, LayerOrder, ReceivedLayer, as_bytes, checksum
+
+CHUNK_BYTES = 1 << 20
+
+
+class InlineTransport:
+    def sender(self) -> KVSender:
+        return InlineSender()
+
+    def receiver(self, *, num_layers: int, max_layer_bytes: int) -> KVReceiver:
+        return InlineReceiver(num_layers=num_layers, max_layer_bytes=max_layer_bytes)
+
+
+class InlineSender:
+    def frames(self, layer: int, lengths: tuple[int, ...], payload: Tensor) -> Iterator[ShipFrame]:
+        data = as_bytes(payload)
+        yield LayerHeader(layer, lengths, len(data), checksum(data))
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield Chunk(data[start : start + CHUNK_BYTES])
+
+    def release(self) -> None:
+        pass
+
+
+class InlineReceiver:
+    def __init__(self, *, num_layers: int, max_layer_bytes: int) -> None:
+        self._order = LayerOrder(num_layers=num_layers, max_layer_bytes=max_layer_bytes)
+        self._buffer = torch.empty(max_layer_bytes, dtype=torch.uint8)
+        self._view = as_bytes(self._buffer)
+        self._header: LayerHeader | None = None
+        self._filled = 0
+
+    def take(self, frame: ShipFrame) -> ReceivedLayer | None:
+        if isinstance(frame, LayerHeader):
+            self._begin(frame)
+        else:
+            self._append(frame.data)
+        return self._complete()
+
+    def release(self) -> None:
+        self._header = None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._view = memoryview(b"")
+
+    def _begin(self, header: LayerHeader) -> None:
+        if self._header is not None:
+            raise ShipmentCorrupt(
+                f"layer {self._header.layer} ended after {self._filled} of {self._header.num_bytes} bytes"
+            )
+        self._order.expect(header)
+        self._header, self._filled = header, 0
+
+    def _append(self, data: memoryview | bytes) -> None:
+        due = self._header.num_bytes - self._filled if self._header else 0
+        if len(data) > due:
+            raise ShipmentCorrupt(f"{len(data)} bytes arrived where at most {due} were due")
+        self._view[self._filled : self._filled + len(data)] = data
+        self._filled += len(data)
+
+    def _complete(self) -> ReceivedLayer | None:
+        header = self._header
+        if header is None or self._filled < header.num_bytes:
+            return None
+        self._header = None
+        self._order.verify(header, self._view[: header.num_bytes])
+        return ReceivedLayer(header.layer, header.lengths, self._buffer[: header.num_bytes])

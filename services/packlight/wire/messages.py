@@ -1,0 +1,350 @@
+"""Domain values <-> protobuf messages, in one place. Nothing else touches the generated stubs but this package.
+
+Every message that arrives is foreign: a missing sub-message reads as its defaults, an unknown finish reason or recipe
+is the receiver's to refuse. Token ids travel as little-endian u32 arrays, because a prompt has thousands.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from packlight.core.errors import PacklightError, ShipmentIncompatible, error_classes
+from packlight.core.shipping import Accepted, Chunk, FirstToken, LayerHeader, PrefillEvent, Shipped
+from packlight.core.types import (
+    Failed,
+    Finished,
+    FinishReason,
+    GenerateEvent,
+    GenerateRequest,
+    KVUsage,
+    PackSpec,
+    PrefillRequest,
+    SamplingParams,
+    StopRules,
+    Timings,
+    Token,
+    Tokens,
+    Usage,
+)
+from packlight.wire.v1 import common_pb2, decode_pb2, prefill_pb2
+
+
+def ids_to_bytes(token_ids: tuple[int, ...]) -> bytes:
+    return np.asarray(token_ids, dtype="<u4").tobytes()
+
+
+def ids_from_bytes(data: bytes) -> tuple[int, ...]:
+    return tuple(np.frombuffer(data, dtype="<u4").tolist())
+
+
+def _has(message: object, field: str) -> bool:
+    return bool(message.HasField(field))  # type: ignore[attr-defined]
+
+
+# ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sampling_to_proto(sampling: SamplingParams) -> common_pb2.Sampling:
+    return common_pb2.Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        seed=sampling.seed & 0xFFFFFFFFFFFFFFFF,
+        num_logprobs=sampling.num_logprobs,
+    )
+
+
+def sampling_from_proto(message: common_pb2.Sampling) -> SamplingParams:
+    return SamplingParams(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        seed=message.seed,
+        num_logprobs=message.num_logprobs if _has(message, "num_logprobs") else None,
+    )
+
+
+def stop_to_proto(stop: StopRules) -> common_pb2.StopRules:
+    return common_pb2.StopRules(
+        max_tokens=stop.max_tokens,
+        eos_token_ids=stop.eos_token_ids,
+        stop_token_ids=stop.stop_token_ids,
+        ignore_eos=stop.ignore_eos,
+        min_tokens=stop.min_tokens,
+    )
+
+
+def stop_from_proto(message: common_pb2.StopRules) -> StopRules:
+    return StopRules(
+        max_tokens=message.max_tokens,
+        eos_token_ids=tuple(message.eos_token_ids),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        min_tokens=message.min_tokens,
+    )
+
+
+def pack_to_proto(pack: PackSpec) -> common_pb2.PackSpec:
+    return common_pb2.PackSpec(
+        recipe=pack.recipe,
+        budget_tokens=pack.budget_tokens,
+        ratio=pack.ratio,
+        window=pack.window,
+        sinks=pack.sinks,
+        kernel=pack.kernel,
+    )
+
+
+def pack_from_proto(message: common_pb2.PackSpec) -> PackSpec:
+    return PackSpec(
+        recipe=message.recipe,
+        budget_tokens=message.budget_tokens if _has(message, "budget_tokens") else None,
+        ratio=message.ratio if _has(message, "ratio") else None,
+        window=message.window,
+        sinks=message.sinks,
+        kernel=message.kernel if _has(message, "kernel") else None,
+    )
+
+
+def generate_to_proto(request: GenerateRequest) -> decode_pb2.GenerateRequest:
+    return decode_pb2.GenerateRequest(
+        request_id=request.request_id,
+        token_ids=ids_to_bytes(request.token_ids),
+        num_prompt_tokens=request.num_prompt_tokens,
+        sampling=sampling_to_proto(request.sampling),
+        stop=stop_to_proto(request.stop),
+        pack=pack_to_proto(request.pack),
+        cache_salt=request.cache_salt,
+        prefill_id=request.prefill_id,
+        prefill_address=request.prefill_address,
+        deadline_s=request.deadline_s,
+    )
+
+
+def generate_from_proto(message: decode_pb2.GenerateRequest) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=message.request_id,
+        token_ids=ids_from_bytes(message.token_ids),
+        num_prompt_tokens=message.num_prompt_tokens,
+        sampling=sampling_from_proto(message.sampling),
+        stop=stop_from_proto(message.stop),
+        pack=pack_from_proto(message.pack),
+        cache_salt=message.cache_salt,
+        prefill_id=message.prefill_id,
+        prefill_address=message.prefill_address,
+        deadline_s=message.deadline_s,
+    )
+
+
+def prefill_to_proto(request: PrefillRequest) -> prefill_pb2.PrefillRequest:
+    return prefill_pb2.PrefillRequest(
+        request_id=request.request_id,
+        token_ids=ids_to_bytes(request.token_ids),
+        num_prompt_tokens=request.num_prompt_tokens,
+        sampling=sampling_to_proto(request.sampling),
+        pack=pack_to_proto(request.pack),
+        cache_salt=request.cache_salt,
+        transports=request.transports,
+        banned_token_ids=request.banned_token_ids,
+        deadline_s=request.deadline_s,
+    )
+
+
+def prefill_from_proto(message: prefill_pb2.PrefillRequest) -> PrefillRequest:
+    return PrefillRequest(
+        request_id=message.request_id,
+        token_ids=ids_from_bytes(message.token_ids),
+        num_prompt_tokens=message.num_prompt_tokens,
+        sampling=sampling_from_proto(message.sampling),
+        pack=pack_from_proto(message.pack),
+        cache_salt=message.cache_salt,
+        transports=tuple(message.transports),
+        banned_token_ids=tuple(message.banned_token_ids),
+        deadline_s=message.deadline_s,
+    )
+
+
+# ── events of a prefill stream ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def prefill_event_to_proto(event: Accepted | LayerHeader | FirstToken | Shipped) -> prefill_pb2.PrefillEvent:
+    match event:
+        case Accepted():
+            accepted = prefill_pb2.Accepted(compatibility=event.compatibility, manifest=event.manifest)
+            return prefill_pb2.PrefillEvent(accepted=accepted)
+        case LayerHeader():
+            layer = prefill_pb2.LayerHeader(
+                layer=event.layer, lengths=event.lengths, num_bytes=event.num_bytes, checksum=event.checksum
+            )
+            return prefill_pb2.PrefillEvent(layer=layer)
+        case FirstToken():
+            first = prefill_pb2.FirstToken(token=token_to_proto(event.token), num_cached_tokens=event.num_cached_tokens)
+            return prefill_pb2.PrefillEvent(first_token=first)
+        case Shipped():
+            return prefill_pb2.PrefillEvent(shipped=_shipped_to_proto(event))
+
+
+def prefill_event_from_proto(message: prefill_pb2.PrefillEvent) -> PrefillEvent:
+    match message.WhichOneof("event"):
+        case "accepted":
+            return Accepted(message.accepted.compatibility, message.accepted.manifest)
+        case "layer":
+            layer = message.layer
+            return LayerHeader(layer.layer, tuple(layer.lengths), layer.num_bytes, layer.checksum)
+        case "first_token":
+            first = message.first_token
+            return FirstToken(token_from_proto(first.token), first.num_cached_tokens)
+        case "shipped":
+            return _shipped_from_proto(message.shipped)
+        case "chunk":
+            return Chunk(message.chunk)
+        case other:
+            raise ShipmentIncompatible(f"the prefill worker sent an event of an unknown kind ({other}): other release?")
+
+
+def _shipped_to_proto(event: Shipped) -> prefill_pb2.Shipped:
+    return prefill_pb2.Shipped(
+        num_layers=event.num_layers,
+        shipped_bytes=event.shipped_bytes,
+        exact_bytes=event.exact_bytes,
+        num_kept_tokens=event.num_kept_tokens,
+        retained_mass=event.retained_mass,
+        queue_s=event.queue_s,
+        prefill_s=event.prefill_s,
+        select_s=event.select_s,
+    )
+
+
+def _shipped_from_proto(message: prefill_pb2.Shipped) -> Shipped:
+    return Shipped(
+        num_layers=message.num_layers,
+        shipped_bytes=message.shipped_bytes,
+        exact_bytes=message.exact_bytes,
+        num_kept_tokens=message.num_kept_tokens,
+        retained_mass=message.retained_mass if _has(message, "retained_mass") else None,
+        queue_s=message.queue_s,
+        prefill_s=message.prefill_s,
+        select_s=message.select_s,
+    )
+
+
+# ── events of an answer ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def token_to_proto(token: Token) -> common_pb2.Token:
+    top = [common_pb2.TopLogprob(token_id=token_id, logprob=value) for token_id, value in token.top_logprobs]
+    return common_pb2.Token(token_id=token.token_id, logprob=token.logprob, top_logprobs=top)
+
+
+def token_from_proto(message: common_pb2.Token) -> Token:
+    return Token(
+        message.token_id,
+        message.logprob if _has(message, "logprob") else None,
+        tuple((top.token_id, top.logprob) for top in message.top_logprobs),
+    )
+
+
+def event_to_proto(event: GenerateEvent) -> decode_pb2.Event:
+    match event:
+        case Tokens():
+            tokens = decode_pb2.Tokens(tokens=[token_to_proto(token) for token in event.tokens])
+            return decode_pb2.Event(request_id=event.request_id, tokens=tokens)
+        case Finished():
+            finished = decode_pb2.Finished(reason=event.reason.value, usage=usage_to_proto(event.usage))
+            return decode_pb2.Event(request_id=event.request_id, finished=finished)
+        case Failed():
+            return decode_pb2.Event(request_id=event.request_id, failed=error_to_proto(event.error))
+
+
+def event_from_proto(message: decode_pb2.Event) -> GenerateEvent:
+    match message.WhichOneof("event"):
+        case "tokens":
+            return Tokens(message.request_id, tuple(token_from_proto(token) for token in message.tokens.tokens))
+        case "finished":
+            reason = FinishReason(message.finished.reason)
+            return Finished(message.request_id, reason, usage_from_proto(message.finished.usage))
+        case _:
+            return Failed(message.request_id, error_from_proto(message.failed))
+
+
+def usage_to_proto(usage: Usage) -> decode_pb2.Usage:
+    kv, timings = usage.kv, usage.timings
+    return decode_pb2.Usage(
+        num_prompt_tokens=usage.num_prompt_tokens,
+        num_cached_tokens=usage.num_cached_tokens,
+        num_generated_tokens=usage.num_generated_tokens,
+        kv=decode_pb2.KVUsage(
+            recipe=kv.recipe,
+            num_kept_tokens=kv.num_kept_tokens,
+            shipped_bytes=kv.shipped_bytes,
+            exact_bytes=kv.exact_bytes,
+            retained_mass=kv.retained_mass,
+        ),
+        timings=decode_pb2.Timings(
+            decode_queue_s=timings.decode_queue_s,
+            prefill_queue_s=timings.prefill_queue_s,
+            prefill_s=timings.prefill_s,
+            select_s=timings.select_s,
+            transfer_s=timings.transfer_s,
+            first_step_s=timings.first_step_s,
+        ),
+    )
+
+
+def usage_from_proto(message: decode_pb2.Usage) -> Usage:
+    kv, timings = message.kv, message.timings
+    return Usage(
+        num_prompt_tokens=message.num_prompt_tokens,
+        num_cached_tokens=message.num_cached_tokens,
+        num_generated_tokens=message.num_generated_tokens,
+        kv=KVUsage(
+            recipe=kv.recipe,
+            num_kept_tokens=kv.num_kept_tokens,
+            shipped_bytes=kv.shipped_bytes,
+            exact_bytes=kv.exact_bytes,
+            retained_mass=kv.retained_mass if _has(kv, "retained_mass") else None,
+        ),
+        timings=Timings(
+            decode_queue_s=timings.decode_queue_s,
+            prefill_queue_s=timings.prefill_queue_s,
+            prefill_s=timings.prefill_s,
+            select_s=timings.select_s,
+            transfer_s=timings.transfer_s,
+            first_step_s=timings.first_step_s,
+        ),
+    )
+
+
+# ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def error_to_proto(error: PacklightError) -> common_pb2.Error:
+    return common_pb2.Error(
+        kind=type(error).__name__,
+        message=error.message,
+        param=error.param,
+        code=error.code,
+        retry_after_s=error.retry_after_s,
+        worker_id=error.worker_id,
+    )
+
+
+def error_from_proto(message: common_pb2.Error) -> PacklightError:
+    cls = error_classes().get(message.kind) or error_classes()["InternalError"]
+    return cls(
+        message.message,
+        param=message.param if _has(message, "param") else None,
+        code=message.code or None,
+        retry_after_s=message.retry_after_s if _has(message, "retry_after_s") else None,
+        worker_id=message.worker_id if _has(message, "worker_id") else None,
+    )
