@@ -107,7 +107,11 @@ class DecodeWorker:
 
     def submit(self, request: GenerateRequest, sink: Sink) -> Task:
         """Accept a request whose events go to `sink`, exactly one of them terminal unless it is cancelled first."""
-        task = self._accept(request, sink)
+        try:
+            task = self._accept(request, sink)
+        except PacklightError:
+            self._metrics.count_request("refused")
+            raise
         task.alarm = asyncio.get_running_loop().call_later(request.deadline_s, self._overdue, task)
         self._queue.append(task)
         self._admit()
@@ -115,6 +119,8 @@ class DecodeWorker:
 
     def cancel(self, task: Task) -> None:
         """Nobody wants the rest. Frees everything now, or right after the step that is running. Idempotent."""
+        if task.stage is not Stage.CLOSED and not task.cancelled:
+            self._metrics.count_request("cancelled")
         self._end(task)
 
     async def run(self) -> None:
@@ -215,6 +221,7 @@ class DecodeWorker:
         task.add(token)
         if len(task.generated) == 2:
             task.note(first_step_s=self._clock() - task.ready_s)
+            self._metrics.observe_first_step(task.timings.first_step_s)
         task.sink(Tokens(task.request.request_id, (token,)))
         reason = task.request.stop.ends(token.token_id, task.num_generated)
         if reason is not None:
@@ -291,6 +298,7 @@ class DecodeWorker:
             select_s=shipped.select_s,
             transfer_s=task.ready_s - task.first_token_s,
         )
+        self._metrics.observe_transfer(task.timings.transfer_s)
         self._metrics.observe_shipment(
             task.request.pack.recipe,
             shipped.num_kept_tokens,
@@ -331,20 +339,24 @@ class DecodeWorker:
             task = self._queue.pop(0)
             task.row, task.stage, task.admitted_s = self._table.open(), Stage.FETCHING, self._clock()
             task.note(decode_queue_s=task.admitted_s - task.arrived_s)
+            self._metrics.observe_queue(task.timings.decode_queue_s)
             if task.request.sampling.has_penalties:
                 prompt, resumed = task.prompt_and_resumed()
                 task.penalties = PenaltyState(prompt, resumed)
             self._admitted.append(task)
             task.fetch = asyncio.create_task(self._fetch(task))
         self._metrics.set_queue(len(self._queue))
+        self._metrics.set_running(len(self._admitted))
         self._metrics.set_pages(self._book.num_free, self._book.num_held, 0)
 
     def _finish(self, task: Task, reason: FinishReason) -> None:
+        self._metrics.count_request("completed")
         task.sink(Finished(task.request.request_id, reason, task.usage()))
         self._end(task)
 
     def _fail(self, task: Task, error: PacklightError) -> None:
         if task.stage is not Stage.CLOSED and not task.cancelled:
+            self._metrics.count_request("failed")
             self._metrics.count_error(type(error).__name__)
             task.sink(Failed(task.request.request_id, error))
         self._end(task)

@@ -28,7 +28,7 @@ from packlight.compress.recipes import CODECS, find_recipe
 from packlight.core.config import PrefillConfig
 from packlight.core.errors import Draining, InternalError, PacklightError, QueueFull, RequestNeverFits
 from packlight.core.hashing import page_hashes
-from packlight.core.shipping import Accepted, FirstToken, Manifest, PrefillEvent, compatibility_hash
+from packlight.core.shipping import Accepted, FirstToken, Manifest, PrefillEvent, Shipped, compatibility_hash
 from packlight.core.types import PrefillRequest, Token, WorkerLoad
 from packlight.engine.compute import Compute
 from packlight.engine.runner import ChunkWork, Runner
@@ -168,6 +168,7 @@ class PrefillWorker:
             self._queue.pop(0)
             self._admitted.append(task)
         self._metrics.set_queue(len(self._queue))
+        self._metrics.set_running(len(self._admitted) + len(self._shipping))
         self._metrics.set_pages(self._book.num_free, self._book.num_held, self._book.num_cached)
 
     def _take_blocks(self, task: Task) -> bool:
@@ -264,6 +265,7 @@ class PrefillWorker:
         self._retire(task, Stage.SHIPPING)
         self._shipping.add(task)
         if isinstance(token, InternalError):
+            self._count_failure(token)
             task.outbox.fail(token)
             return
         task.outbox.put(FirstToken(token, task.num_cached))
@@ -274,7 +276,7 @@ class PrefillWorker:
             prefill_s=self._clock() - task.started_s,
         )
         task.outbox.put(shipped)
-        self._metrics.observe_prefill(task.num_tokens, task.num_cached, shipped)
+        self._observe(task, shipped)
 
     def _retire(self, task: Task, stage: Stage) -> None:
         """The one way out of blocks: full pages stay in the cache, every reference goes."""
@@ -289,8 +291,8 @@ class PrefillWorker:
     def _fail(self, tasks: Sequence[Task], error: Exception) -> None:
         """A step raised: its requests end with an error and nothing they computed is kept in the cache."""
         reported = error if isinstance(error, PacklightError) else InternalError(f"prefill step failed: {error!r}")
-        self._metrics.count_error(type(reported).__name__)
         for task in tasks:
+            self._count_failure(reported)
             task.num_done = task.num_cached
             self._retire(task, Stage.SHIPPING)
             self._shipping.add(task)
@@ -299,7 +301,11 @@ class PrefillWorker:
     # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────
 
     def _accept(self, request: PrefillRequest) -> Task:
-        self._refuse(request)
+        try:
+            self._refuse(request)
+        except PacklightError:
+            self._metrics.count_request("refused")
+            raise
         spec, pool = self._runner.model.spec, self._runner.pool
         task = Task(
             request=request,
@@ -329,6 +335,8 @@ class PrefillWorker:
 
     def _leave(self, task: Task) -> None:
         """The reader is gone, with or without having read everything."""
+        if task.stage in (Stage.QUEUED, Stage.PREFILLING):
+            self._metrics.count_request("cancelled")
         if task.stage is Stage.QUEUED:
             self._queue.remove(task)
         elif task.stage is Stage.PREFILLING:
@@ -336,6 +344,24 @@ class PrefillWorker:
         self._shipping.discard(task)
         self._wake.set()
 
+    def _count_failure(self, error: PacklightError) -> None:
+        self._metrics.count_request("failed")
+        self._metrics.count_error(type(error).__name__)
+
+    def _observe(self, task: Task, shipped: Shipped) -> None:
+        self._metrics.count_request("completed")
+        self._metrics.observe_queue(shipped.queue_s)
+        self._metrics.observe_prefill(task.num_tokens, task.num_cached, shipped.prefill_s, shipped.select_s)
+        self._metrics.observe_shipment(
+            task.request.pack.recipe,
+            shipped.num_kept_tokens,
+            shipped.shipped_bytes,
+            shipped.exact_bytes,
+            shipped.retained_mass,
+        )
+
     def _measure(self, plan: Sequence[ChunkPlan], elapsed_s: float) -> None:
-        speed = sum(chunk.end - chunk.start for chunk in plan) / max(elapsed_s, 1e-6)
+        num_tokens = sum(chunk.end - chunk.start for chunk in plan)
+        self._metrics.observe_step(len(plan), num_tokens, elapsed_s)
+        speed = num_tokens / max(elapsed_s, 1e-6)
         self._tokens_per_s = speed if not self._tokens_per_s else 0.8 * self._tokens_per_s + 0.2 * speed
