@@ -19,7 +19,8 @@ from packlight.decode.worker import DecodeWorker
 from packlight.engine.compute import Compute
 from packlight.engine.runner import Runner
 from packlight.kv.pool import KVPool
-from packlight.models.fake import DECODE_BIAS, PREFILL_BIAS, FakeModel, fake_spec
+from packlight.models.fake import DECODE_BIAS, PREFILL_BIAS, FakeModel
+from packlight.models.fake_spec import fake_spec
 from packlight.prefill.worker import PrefillWorker
 from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics
 

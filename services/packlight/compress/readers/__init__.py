@@ -1,0 +1,1 @@
+"""Readers: how a decode step reads packed KV."""

@@ -1,0 +1,1 @@
+"""Scorers: one published idea of what matters per file."""

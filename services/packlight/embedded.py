@@ -1,0 +1,125 @@
+"""Everything in one process: router, prefill and decode on a laptop.
+
+A composition root, like `cli.py`: it knows every package. The code paths are those of the real processes; only the
+seams differ - index and fleet in memory, clients and transport in-process, one copy of the weights, one compute
+thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from packlight.core.config import Config, FleetConfig, IndexConfig
+from packlight.core.types import Role
+from packlight.decode.worker import DecodeWorker
+from packlight.engine.build import build_model, build_runner
+from packlight.engine.compute import Compute
+from packlight.engine.host import Identity, describe, run_until
+from packlight.fleet.heart import Heart
+from packlight.fleet.registry import build_fleet
+from packlight.fleet.view import FleetView
+from packlight.models.opened import OpenedModel, open_model
+from packlight.prefill.publisher import Publisher
+from packlight.prefill.worker import PrefillWorker
+from packlight.prefix.base import Holder
+from packlight.prefix.registry import build_index
+from packlight.router.app import build_app
+from packlight.router.clients import LocalDecodeClients
+from packlight.router.pipeline import Pipeline
+from packlight.router.server import listen, ready_message, serve_http
+from packlight.router.service import ServedModel
+from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics, RouterMetrics
+
+PREFILL_ID, DECODE_ID = "prefill", "decode"
+
+
+class Embedded:
+    """All three roles. `run` keeps them alive; `app` is the router's. Create it on the event loop."""
+
+    def __init__(self, config: Config, opened: OpenedModel, on_progress: Callable[[str], None]) -> None:
+        self._config, self._compute, registry = config, Compute(), CollectorRegistry()
+        if config.prefill.threads or config.decode.threads:
+            torch.set_num_threads(max(config.prefill.threads or 1, config.decode.threads or 1))
+        model = build_model(opened, config.model, Role.PREFILL, on_progress=on_progress)
+        # The fake model computes differently by role; a real one is shared.
+        twin = model if opened.folder else build_model(opened, config.model, Role.DECODE, on_progress=on_progress)
+        device, self.spec = config.model.device, model.spec
+        self.prefill = PrefillWorker(
+            config.prefill,
+            build_runner(model, device, config.kv, config.prefill),
+            self._compute,
+            metrics=PrefillMetrics(registry),
+        )
+        self.decode = DecodeWorker(
+            config.decode,
+            build_runner(twin, device, config.kv, config.decode),
+            self._compute,
+            lambda worker_id, address: self.prefill,
+            metrics=DecodeMetrics(registry),
+        )
+        self.index = build_index(IndexConfig(backend="memory"), {}, time.monotonic)
+        fleet = build_fleet(FleetConfig(backend="memory", ttl_s=config.fleet.ttl_s), {}, time.monotonic)
+        holder = Holder(PREFILL_ID, 1)
+        self._publisher = Publisher(self.index, self.spec.fingerprint, holder, self.prefill.cache.prefixes)
+        self.prefill.inventory = self._publisher
+        page_size, period_s = config.kv.page_size, config.fleet.heartbeat_s
+        prefill_identity = Identity(PREFILL_ID, 1, Role.PREFILL, "in-process")
+        decode_identity = Identity(DECODE_ID, 1, Role.DECODE, "in-process")
+        self._hearts = (
+            Heart(
+                fleet,
+                lambda: describe(prefill_identity, self.prefill, self.spec, page_size),
+                period_s=period_s,
+                also=self._publisher.beat,
+            ),
+            Heart(fleet, lambda: describe(decode_identity, self.decode, self.spec, page_size), period_s=period_s),
+        )
+        self.view = FleetView(fleet, poll_s=period_s, suspect_s=config.fleet.ttl_s, clock=time.monotonic)
+        metrics = RouterMetrics(registry)
+        clients = LocalDecodeClients({DECODE_ID: self.decode})
+        self.pipeline = Pipeline(config.router, self.spec, self.index, self.view, clients, metrics)
+        self.app = build_app(config, ServedModel(self.spec, opened.tokenizer), self.pipeline, metrics)
+
+    async def start(self) -> None:
+        """Both workers are on the board, and the router has seen them."""
+        for heart in self._hearts:
+            await heart.beat()
+        await self.view.start()
+
+    async def run(self) -> None:
+        """For ever, or until a part dies."""
+        forever = asyncio.Event()
+        hearts = [heart.run() for heart in self._hearts]
+        await run_until(forever, self.prefill.run(), self.decode.run(), self._publisher.run(), *hearts)
+
+    async def close(self) -> None:
+        await self.view.close()
+        self._compute.close()
+
+
+async def serve(config: Config, stop: asyncio.Event, on_progress: Callable[[str], None]) -> None:
+    """Runs until `stop`. Raises StartupError if it cannot start."""
+    bound = listen(config.router)
+    opened = open_model(config.model, on_progress=on_progress)
+    embedded = Embedded(config, opened, on_progress)
+    await embedded.start()
+    engine = asyncio.create_task(embedded.run())
+    http = asyncio.create_task(serve_http(embedded.app, config.router, bound, stop))
+    on_progress(ready_message(config.router, bound, opened.spec.name))
+    try:
+        await asyncio.wait([engine, http], return_when=asyncio.FIRST_COMPLETED)
+        if engine.done():
+            engine.result()
+        await http
+    finally:
+        engine.cancel()
+        http.cancel()
+        with suppress(asyncio.CancelledError):
+            await engine
+        await embedded.close()

@@ -1,0 +1,155 @@
+"""Running one worker as part of a fleet: its loop, its server, its heartbeat, and a clean end.
+
+Knows both kinds of workers by what they share. Does not know what they compute. A part that dies takes the process with
+it: half a worker must not look alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+from prometheus_client import CollectorRegistry, start_http_server
+
+from packlight.core.config import Config, WorkerSection
+from packlight.core.errors import StartupError
+from packlight.core.types import ModelSpec, Role, WorkerId, WorkerInfo, WorkerLoad
+from packlight.fleet.base import Fleet
+from packlight.fleet.heart import Heart, advertised_address
+from packlight.wire.channel import start_server
+
+log = logging.getLogger(__name__)
+
+
+class Worker(Protocol):
+    draining: bool
+
+    @property
+    def compatibility(self) -> str: ...
+    @property
+    def num_unfinished(self) -> int: ...
+    async def run(self) -> None: ...
+    def load(self) -> WorkerLoad: ...
+    def drain(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    worker_id: WorkerId
+    generation: int
+    role: Role
+    address: str
+
+
+def describe(identity: Identity, worker: Worker, spec: ModelSpec, page_size: int) -> WorkerInfo:
+    """What the worker puts on the fleet's board."""
+    return WorkerInfo(
+        worker_id=identity.worker_id,
+        generation=identity.generation,
+        role=identity.role,
+        address=identity.address,
+        model=spec.name,
+        fingerprint=spec.fingerprint,
+        compatibility=worker.compatibility,
+        page_size=page_size,
+        max_context=spec.max_context,
+        draining=worker.draining,
+        load=worker.load(),
+    )
+
+
+async def run_until(stop: asyncio.Event, *parts: Coroutine[Any, Any, None]) -> None:
+    """Run `parts` until `stop` is set. Raises what a part raises; a part that returns is a bug of ours."""
+    tasks = [asyncio.create_task(part) for part in parts]
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in (stopping, *tasks):
+            task.cancel()
+        await asyncio.gather(stopping, *tasks, return_exceptions=True)
+
+
+async def drained(worker: Worker, timeout_s: float) -> bool:
+    """Whether everything accepted has ended within `timeout_s`."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while worker.num_unfinished:  # noqa: ASYNC110 - once in a process's life; an event would cost every request
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        return False
+    return True
+
+
+class WorkerProcess:
+    """One worker behind a gRPC server. `serve` returns when `stop` was set and everything is finished or given up."""
+
+    def __init__(
+        self,
+        config: Config,
+        section: WorkerSection,
+        role: Role,
+        worker: Worker,
+        handler: grpc.GenericRpcHandler,
+        fleet: Fleet,
+        *,
+        identity: tuple[WorkerId, int],
+        spec: ModelSpec,
+        registry: CollectorRegistry,
+        environ: Mapping[str, str],
+        also: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._config, self._section, self._role, self._worker = config, section, role, worker
+        self._handler, self._fleet, self._identity, self._spec = handler, fleet, identity, spec
+        self._registry, self._environ, self._also = registry, environ, also
+
+    async def serve(
+        self, stop: asyncio.Event, on_progress: Callable[[str], None], *beside: Coroutine[Any, Any, None]
+    ) -> None:
+        server, port = await start_server([self._handler], self._section.host, self._section.port)
+        heart = self._heart(advertised_address(self._section, port, self._environ))
+        self._expose_metrics()
+        on_progress(f"{self._role} worker {self._identity[0]} is ready on {self._section.host}:{port}")
+        try:
+            ended = asyncio.Event()
+            drain = self._drain_when(stop, ended, heart)
+            await run_until(ended, self._worker.run(), heart.run(), drain, *beside)
+        finally:
+            await heart.stop()
+            await server.stop(grace=1.0)
+            await self._fleet.close()
+
+    async def _drain_when(self, stop: asyncio.Event, ended: asyncio.Event, heart: Heart) -> None:
+        await stop.wait()
+        self._worker.drain()
+        await heart.beat()
+        if not await drained(self._worker, self._section.drain_s):
+            log.warning("giving up %d requests after %.0f s", self._worker.num_unfinished, self._section.drain_s)
+        ended.set()
+        await asyncio.Event().wait()
+
+    def _heart(self, address: str) -> Heart:
+        worker_id, generation = self._identity
+        identity = Identity(worker_id, generation, self._role, address)
+        page_size = self._config.kv.page_size
+        return Heart(
+            self._fleet,
+            lambda: describe(identity, self._worker, self._spec, page_size),
+            period_s=self._config.fleet.heartbeat_s,
+            also=self._also,
+        )
+
+    def _expose_metrics(self) -> None:
+        if self._section.metrics_port is None:
+            return
+        try:
+            start_http_server(self._section.metrics_port, addr=self._section.host, registry=self._registry)
+        except OSError as error:
+            where = f"{self._role}.metrics_port {self._section.metrics_port}"
+            raise StartupError(f"cannot serve metrics on {where}: {error}") from None

@@ -1,0 +1,64 @@
+"""A worker's heartbeat: who it is, that it lives, and how loaded it is.
+
+Knows the registry and a clock's pace. Does not know what the worker does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+from packlight.core.config import WorkerSection
+from packlight.core.types import Role, WorkerId, WorkerInfo
+from packlight.fleet.base import Fleet
+
+log = logging.getLogger(__name__)
+
+
+def worker_identity(role: Role, section: WorkerSection, environ: Mapping[str, str]) -> tuple[WorkerId, int]:
+    """(worker id, generation). The generation is the start time in milliseconds: it grows with every restart."""
+    worker_id = section.worker_id or environ.get("POD_NAME") or f"{role}-{socket.gethostname()}-{os.getpid()}"
+    return worker_id, time.time_ns() // 1_000_000
+
+
+def advertised_address(section: WorkerSection, port: int, environ: Mapping[str, str]) -> str:
+    """Where other processes reach this worker."""
+    if section.advertise:
+        return section.advertise if ":" in section.advertise else f"{section.advertise}:{port}"
+    host = environ.get("POD_IP") or section.host
+    return f"{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
+
+
+class Heart:
+    """Reports `describe()` every `period_s`, and `also` with it; `stop` takes the worker off the board."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        describe: Callable[[], WorkerInfo],
+        *,
+        period_s: float,
+        also: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._fleet, self._describe, self._period_s, self._also = fleet, describe, period_s, also
+
+    async def beat(self) -> None:
+        await self._fleet.heartbeat(self._describe())
+        if self._also is not None:
+            await self._also()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.beat()
+            except Exception:
+                log.exception("a heartbeat failed")
+            await asyncio.sleep(self._period_s)
+
+    async def stop(self) -> None:
+        info = self._describe()
+        await self._fleet.leave(info.worker_id, info.generation)

@@ -1,0 +1,62 @@
+"""The prefill process: what it is made of."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from packlight.core.config import Config
+from packlight.core.types import Role
+from packlight.engine.build import build_model, build_runner
+from packlight.engine.compute import Compute
+from packlight.engine.host import WorkerProcess
+from packlight.fleet.heart import worker_identity
+from packlight.fleet.registry import build_fleet
+from packlight.models.opened import open_model
+from packlight.prefill.publisher import Publisher
+from packlight.prefill.worker import PrefillWorker
+from packlight.prefix.base import Holder
+from packlight.prefix.registry import build_index
+from packlight.telemetry.metrics import PrefillMetrics
+from packlight.wire.prefill import prefill_handler
+
+
+async def serve(
+    config: Config, environ: Mapping[str, str], stop: asyncio.Event, on_progress: Callable[[str], None]
+) -> None:
+    """Runs until `stop`. Raises StartupError if it cannot start."""
+    section = config.prefill
+    fleet = build_fleet(config.fleet, environ, time.monotonic)
+    index = build_index(config.index, environ, time.monotonic)
+    if section.threads:
+        torch.set_num_threads(section.threads)
+    opened = open_model(config.model, on_progress=on_progress)
+    model = build_model(opened, config.model, Role.PREFILL, on_progress=on_progress)
+    registry, compute = CollectorRegistry(), Compute("prefill")
+    runner = build_runner(model, config.model.device, config.kv, section)
+    worker = PrefillWorker(section, runner, compute, metrics=PrefillMetrics(registry))
+    identity = worker_identity(Role.PREFILL, section, environ)
+    publisher = Publisher(index, model.spec.fingerprint, Holder(*identity), worker.cache.prefixes)
+    worker.inventory = publisher
+    process = WorkerProcess(
+        config,
+        section,
+        Role.PREFILL,
+        worker,
+        prefill_handler(worker),
+        fleet,
+        identity=identity,
+        spec=model.spec,
+        registry=registry,
+        environ=environ,
+        also=publisher.beat,
+    )
+    try:
+        await process.serve(stop, on_progress, publisher.run())
+    finally:
+        await index.close()
+        compute.close()

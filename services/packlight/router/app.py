@@ -1,0 +1,57 @@
+"""Puts the HTTP half of the router together.
+
+Knows FastAPI. Everything it builds is handed in, so two apps can live in one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from packlight import __version__
+from packlight.core.config import Config
+from packlight.core.errors import PacklightError
+from packlight.router.chat import ChatDialect
+from packlight.router.completions import CompletionDialect
+from packlight.router.endpoint import GenerationEndpoint, Services
+from packlight.router.errors import answer_problem
+from packlight.router.job import JobReader
+from packlight.router.limits import Gate
+from packlight.router.middleware import RequestIdMiddleware
+from packlight.router.prompts import PromptLimits
+from packlight.router.routes import read_only_routes
+from packlight.router.service import Backend, ServedModel
+from packlight.telemetry.metrics import RouterMetrics
+
+
+def build_app(
+    config: Config,
+    model: ServedModel,
+    backend: Backend,
+    metrics: RouterMetrics,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    wall_clock: Callable[[], float] = time.time,
+) -> FastAPI:
+    """The OpenAI API over `backend`. `app.state.gate` is the `Gate` that drains it: `gate.drain()` refuses new requests
+    and makes the server unready, `await gate.drained()` returns when the last request has ended."""
+    gate = Gate(config.router.max_inflight, clock=clock)
+    reader = JobReader(config, model.spec)
+    services = Services(config.router, model, backend, metrics, gate, reader, clock, wall_clock)
+    limits = PromptLimits(model)
+    # No redirects: Starlette builds their target from the Host header.
+    app = FastAPI(title="Packlight", version=__version__, openapi_url=None, redirect_slashes=False)
+    app.state.gate = gate
+    app.router.routes += [
+        Route("/v1/chat/completions", GenerationEndpoint(services, ChatDialect(model, limits)), methods=["POST"]),
+        Route("/v1/completions", GenerationEndpoint(services, CompletionDialect(model, limits)), methods=["POST"]),
+    ]
+    app.include_router(read_only_routes(services))
+    app.add_exception_handler(PacklightError, answer_problem)
+    app.add_exception_handler(HTTPException, answer_problem)
+    app.add_middleware(RequestIdMiddleware, clock=clock)
+    return app

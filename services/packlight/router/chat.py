@@ -1,0 +1,81 @@
+"""The chat dialect: messages to a prompt, a choice to `message` or `delta`.
+
+Knows the chat template's input and OpenAI's `chat.completion` JSON. Every field that OpenAI's schema requires is there,
+null where it has nothing to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from packlight.core.types import FinishReason, Token
+from packlight.router.choice import Delta, ShownToken
+from packlight.router.dialect import Json, clip
+from packlight.router.prompts import PromptLimits
+from packlight.router.schema import ChatBody, Message
+from packlight.router.service import ServedModel
+
+
+class ChatDialect:
+    name = "chat"
+    id_prefix = "chatcmpl-"
+    prompt_param = "messages"
+    chunk_object = "chat.completion.chunk"
+    whole_object = "chat.completion"
+    body_type = ChatBody
+
+    def __init__(self, model: ServedModel, limits: PromptLimits) -> None:
+        self._tokenizer = model.tokenizer
+        self._limits = limits
+
+    def prompts(self, body: ChatBody, max_prompts: int) -> list[list[int]]:
+        num_bytes = sum(len((message.content or "").encode()) for message in body.messages)
+        self._limits.check(num_bytes, self.prompt_param)
+        messages = [_for_template(message) for message in body.messages]
+        options = body.chat_template_kwargs.model_dump(exclude_none=True)
+        return [self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)]
+
+    def opening(self, index: int) -> Json:
+        return _choice(index, {"role": "assistant", "content": "", "refusal": None})
+
+    def piece(self, delta: Delta, *, with_logprobs: bool) -> Json:
+        logprobs = self._logprobs(delta.tokens) if with_logprobs else None
+        return _choice(delta.index, {"content": delta.text}, logprobs)
+
+    def closing(self, index: int, reason: FinishReason) -> Json:
+        return _choice(index, {}, reason=reason)
+
+    def whole(self, index: int, text: str, tokens: Sequence[ShownToken] | None, reason: FinishReason) -> Json:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None if tokens is None else self._logprobs(tokens),
+            "finish_reason": reason.value,
+        }
+
+    def _logprobs(self, tokens: Sequence[ShownToken]) -> Json:
+        return {"content": [self._entry(shown.token) for shown in tokens], "refusal": None}
+
+    def _entry(self, token: Token) -> Json:
+        top = [self._likelihood(token_id, logprob) for token_id, logprob in token.top_logprobs]
+        return {**self._likelihood(token.token_id, token.logprob), "top_logprobs": top}
+
+    def _likelihood(self, token_id: int, logprob: float | None) -> Json:
+        raw = self._tokenizer.token_bytes(token_id)
+        return {"token": raw.decode(errors="replace"), "logprob": clip(logprob), "bytes": list(raw)}
+
+
+def _choice(index: int, delta: Json, logprobs: Json | None = None, reason: FinishReason | None = None) -> Json:
+    return {
+        "index": index,
+        "delta": delta,
+        "logprobs": logprobs,
+        "finish_reason": None if reason is None else reason.value,
+    }
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """A message as chat templates expect it. Templates of open models know the developer as `system`."""
+    fields = message.model_dump(exclude_none=True)
+    return fields | {"role": "system"} if message.role == "developer" else fields

@@ -1,0 +1,52 @@
+"""What differs between chat completions and plain completions, as one interface.
+
+Knows nothing itself. A dialect turns a body into prompts and a choice into JSON; everything between is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+from packlight.core.types import FinishReason
+from packlight.router.choice import Delta, ShownToken
+from packlight.router.schema import Body
+
+B = TypeVar("B", bound=Body)
+Json = dict[str, Any]
+
+# -inf is not JSON. Log-probabilities are those of the raw distribution, before penalties, temperature and filters.
+MIN_LOGPROB = -9999.0
+
+
+class Dialect(Protocol[B]):
+    """`name` labels metrics and `prompt_param` is the field that holds the prompt. The two `object` names are OpenAI's,
+    for a chunk of a stream and for a whole answer."""
+
+    name: str
+    id_prefix: str
+    prompt_param: str
+    chunk_object: str
+    whole_object: str
+    body_type: type[B]
+
+    def prompts(self, body: B, max_prompts: int) -> list[list[int]]:
+        """The tokens of every prompt. Raises InvalidRequest or ContextLengthExceeded."""
+        ...
+
+    def opening(self, index: int) -> Json | None:
+        """What a stream says of a choice before its text."""
+        ...
+
+    def piece(self, delta: Delta, *, with_logprobs: bool) -> Json: ...
+
+    def closing(self, index: int, reason: FinishReason) -> Json: ...
+
+    def whole(self, index: int, text: str, tokens: Sequence[ShownToken] | None, reason: FinishReason) -> Json:
+        """A complete choice. `tokens` is None when no log-probabilities are wanted."""
+        ...
+
+
+def clip(logprob: float | None) -> float:
+    assert logprob is not None, "the backend must send log-probabilities when they are asked for"
+    return max(MIN_LOGPROB, logprob)

@@ -1,0 +1,202 @@
+"""One POST that makes answers: the life of an HTTP request, from its first byte to its one outcome.
+
+An ASGI application of its own and not a route function, because it must own both directions: `receive`, to notice that
+the client left, and `send`, to decide late whether the answer is an error, a body or a stream.
+
+    enter the gate ─▶ read the body ─▶ Job (on a thread) ─▶ Generation ─▶ stream or body
+         429/503          413/415          400/404          4xx/5xx until the first event, then an SSE error
+
+Nothing is sent before the backend's first event. A client that leaves cancels everything from there on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from starlette.types import Receive, Scope, Send
+
+from packlight.core.config import RouterConfig
+from packlight.core.errors import Cancelled, DeadlineExceeded
+from packlight.core.types import ModelSpec
+from packlight.router.answer import Envelope, StreamedAnswer, WholeAnswer, system_fingerprint
+from packlight.router.choice import Choice
+from packlight.router.dialect import Dialect
+from packlight.router.disconnect import read_body, until_disconnect
+from packlight.router.errors import Outcome, log_problem, problem_of
+from packlight.router.generation import Generation
+from packlight.router.job import Job, JobReader
+from packlight.router.limits import Gate, Slot
+from packlight.router.middleware import request_id_of
+from packlight.router.service import Backend, ServedModel
+from packlight.router.sse import Reply
+from packlight.router.usage import usage_report
+from packlight.router.validate import warning_header
+from packlight.telemetry.metrics import RouterMetrics
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What every request needs. `clock` measures durations, `wall_clock` tells the date."""
+
+    config: RouterConfig
+    model: ServedModel
+    backend: Backend
+    metrics: RouterMetrics
+    gate: Gate
+    reader: JobReader
+    clock: Callable[[], float]
+    wall_clock: Callable[[], float]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
+
+
+class GenerationEndpoint:
+    """The ASGI application of one dialect."""
+
+    def __init__(self, services: Services, dialect: Dialect[Any]) -> None:
+        self._services, self._dialect = services, dialect
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _Exchange(self._services, self._dialect, scope, receive, send).run()
+
+
+class _Exchange:
+    """One request and its reply."""
+
+    def __init__(self, services: Services, dialect: Dialect[Any], scope: Scope, receive: Receive, send: Send) -> None:
+        self._services, self._dialect = services, dialect
+        self._scope, self._receive = scope, receive
+        self._reply = Reply(send)
+        self._request_id = request_id_of(scope)
+        self._answer_id = dialect.id_prefix + uuid4().hex
+        self._started_at = services.clock()
+        self._prepare_s = 0.0
+        self._choices: list[Choice] = []
+
+    async def run(self) -> None:
+        """Never raises, except when the server itself is cancelled. Ends in exactly one outcome, which is counted."""
+        self._services.metrics.request_started(self._dialect.name)
+        outcome = Outcome.CANCELLED
+        try:
+            await self._serve()
+            outcome = Outcome.COMPLETED
+        except Exception as error:
+            outcome = await self._fail(error)
+        finally:
+            self._account(outcome)
+
+    async def _serve(self) -> None:
+        with self._services.gate.enter() as slot:
+            try:
+                async with asyncio.timeout(self._services.config.request_timeout_s) as deadline:
+                    data = await read_body(self._scope, self._receive, self._services.config.max_body_bytes)
+                    await until_disconnect(self._answer(data, slot), self._receive)
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                raise DeadlineExceeded(
+                    f"The answer was not complete after {self._services.config.request_timeout_s:g} s, the longest "
+                    "this server allows."
+                ) from None
+
+    async def _answer(self, data: bytes, slot: Slot) -> None:
+        job = await asyncio.to_thread(
+            self._services.reader.read, data, self._dialect, self._answer_id, self._time_left_s
+        )
+        slot.grow(len(job.requests))
+        self._prepare_s = self._elapsed_s()
+        self._note(job)
+        tokenizer = self._services.model.tokenizer
+        self._choices = [Choice(index, request, tokenizer, job.stops) for index, request in enumerate(job.requests)]
+        async with Generation(self._services.backend, self._choices, self._services.clock) as generation:
+            await (self._send_stream if job.stream else self._send_whole)(job, generation)
+
+    async def _send_stream(self, job: Job, generation: Generation) -> None:
+        answer = StreamedAnswer(job, self._dialect, self._envelope(), self._choices)
+        async for delta in generation.deltas(self._services.config.keepalive_s):
+            if delta is None:
+                if self._reply.is_streaming:
+                    await self._reply.keep_alive()
+                continue
+            if not self._reply.is_streaming:
+                await self._reply.open_stream(self._headers(job))
+            await self._reply.send_events(answer.chunks(delta))
+        if job.include_usage:
+            await self._reply.send_events([answer.usage_chunk(usage_report(job, self._choices, self._prepare_s))])
+        await self._reply.close_stream()
+
+    async def _send_whole(self, job: Job, generation: Generation) -> None:
+        answer = WholeAnswer(self._dialect, self._envelope(), self._choices)
+        async for delta in generation.deltas():
+            if delta is not None:
+                answer.add(delta)
+        body = answer.body(usage_report(job, self._choices, self._prepare_s))
+        await self._reply.send_json(body, headers=self._headers(job))
+
+    async def _fail(self, error: Exception) -> Outcome:
+        problem = problem_of(error)
+        self._services.metrics.count_error(problem.kind)
+        log_problem(problem, error, self._request_id)
+        try:
+            await self._reply.fail(problem)
+        except Exception as unsent:
+            _log.debug("request %s: its error could not be sent: %r", self._request_id, unsent)
+        return problem.outcome
+
+    def _envelope(self) -> Envelope:
+        spec = self._services.spec
+        return Envelope(self._answer_id, int(self._services.wall_clock()), spec.name, system_fingerprint(spec))
+
+    def _headers(self, job: Job) -> dict[str, str]:
+        return warning_header(job.ignored)
+
+    def _elapsed_s(self) -> float:
+        return self._services.clock() - self._started_at
+
+    def _time_left_s(self) -> float:
+        return max(self._services.config.request_timeout_s - self._elapsed_s(), 0.0)
+
+    def _note(self, job: Job) -> None:
+        metrics = self._services.metrics
+        metrics.observe_prepare(self._prepare_s)
+        metrics.count_prompt(job.num_prompt_tokens)
+        metrics.count_ignored(len(job.ignored))
+
+    def _account(self, outcome: Outcome) -> None:
+        seconds = self._elapsed_s()
+        for choice in self._choices:
+            observe_choice(self._services.metrics, choice, self._started_at)
+        self._services.metrics.request_ended(self._dialect.name, outcome, seconds)
+        _log.info(
+            "%s request=%s answer=%s outcome=%s status=%s prompt_tokens=%d generated_tokens=%d seconds=%.3f",
+            self._dialect.name,
+            self._request_id,
+            self._answer_id,
+            outcome,
+            self._reply.status or Cancelled.http_status,
+            sum(choice.request.num_prompt_tokens for choice in self._choices),
+            sum(choice.num_generated for choice in self._choices),
+            seconds,
+        )
+
+
+def observe_choice(metrics: RouterMetrics, choice: Choice, started_at: float) -> None:
+    """What one choice contributes, complete or not."""
+    metrics.count_generated(choice.num_generated)
+    if choice.first_token_at is not None and choice.last_token_at is not None:
+        metrics.observe_first_token(choice.first_token_at - started_at)
+        if choice.num_generated > 1:
+            metrics.observe_per_token((choice.last_token_at - choice.first_token_at) / (choice.num_generated - 1))
+    if choice.usage is not None:
+        metrics.count_cached(choice.usage.num_cached_tokens)
+        metrics.observe_timings(choice.usage.timings)
+        metrics.observe_kv(choice.usage.kv)

@@ -1,0 +1,83 @@
+"""All choices of one HTTP request, generated side by side and merged into one sequence of deltas.
+
+Knows the backend's events and tasks. Does not know JSON or HTTP. Leaving the context closes every backend generator
+that is still open, which is what cancels the work behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from typing import Self
+
+from packlight.core.errors import InternalError
+from packlight.core.types import Failed, Finished, GenerateEvent, Tokens
+from packlight.router.choice import Choice, Delta
+from packlight.router.service import Backend
+
+# Deltas waiting for a slow reader, per choice. A full queue stops the backend's stream by flow control.
+_QUEUED_DELTAS = 16
+
+
+class Generation:
+    """`async with Generation(...) as generation: async for delta in generation.deltas(): ...`"""
+
+    def __init__(self, backend: Backend, choices: Sequence[Choice], clock: Callable[[], float]) -> None:
+        self._backend = backend
+        self._choices = choices
+        self._clock = clock
+        self._queue: asyncio.Queue[Delta | Exception] = asyncio.Queue(_QUEUED_DELTAS * len(choices))
+        self._tasks: list[asyncio.Task[None]] = []
+        self._left = False
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._pump(choice)) for choice in self._choices]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._left = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def deltas(self, idle_s: float | None = None) -> AsyncIterator[Delta | None]:
+        """The deltas of all choices as they come, until every choice has its finish reason; None after each `idle_s`
+        seconds without one. Raises what the backend raised, or the error of its `Failed` event."""
+        num_unfinished = len(self._choices)
+        while num_unfinished:
+            item = await self._next(idle_s)
+            if isinstance(item, Exception):
+                raise item
+            num_unfinished -= item is not None and item.finish_reason is not None
+            yield item
+
+    async def _next(self, idle_s: float | None) -> Delta | Exception | None:
+        if not self._queue.empty():
+            return self._queue.get_nowait()
+        try:
+            async with asyncio.timeout(idle_s):
+                return await self._queue.get()
+        except TimeoutError:
+            return None
+
+    async def _pump(self, choice: Choice) -> None:
+        try:
+            async with aclosing(self._backend.generate(choice.request)) as events:
+                async for event in events:
+                    await self._queue.put(self._fold(choice, event))
+                    if choice.finish_reason is not None:
+                        return
+            raise InternalError("the backend ended an answer without Finished or Failed")
+        except Exception as error:
+            if not self._left:
+                await self._queue.put(error)
+
+    def _fold(self, choice: Choice, event: GenerateEvent) -> Delta:
+        match event:
+            case Tokens(tokens=tokens):
+                return choice.push(tokens, self._clock())
+            case Finished():
+                return choice.finish(event)
+            case Failed(error=error):
+                raise error

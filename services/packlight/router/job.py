@@ -1,0 +1,100 @@
+"""From the bytes of a request to the work it asks for.
+
+Knows the model, the limits and the dialects' prompts. Pure but slow (parsing, templates, tokenising), so the endpoint
+runs it on a thread.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from packlight.compress import recipes
+from packlight.core.config import Config
+from packlight.core.errors import InvalidRequest, ModelNotFound
+from packlight.core.types import GenerateRequest, ModelSpec
+from packlight.router.dialect import Dialect
+from packlight.router.params import answer_room, derive_seed, sampling_params, stop_rules
+from packlight.router.schema import Body, StreamOptions
+from packlight.router.validate import read_request
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A valid request. `requests` holds one entry per choice, in the order of the choices' indices."""
+
+    answer_id: str
+    requests: tuple[GenerateRequest, ...]
+    num_samples: int
+    stops: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+    running_usage: bool
+    ignored: list[str]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Every prompt once, however many samples are drawn from it."""
+        return sum(request.num_prompt_tokens for request in self.requests[:: self.num_samples])
+
+
+class JobReader:
+    """Reads requests for one model under one configuration."""
+
+    def __init__(self, config: Config, spec: ModelSpec) -> None:
+        self._config, self._spec = config, spec
+
+    def read(self, data: bytes, dialect: Dialect[Any], answer_id: str, time_left_s: Callable[[], float]) -> Job:
+        """Raises InvalidRequest, ContextLengthExceeded or ModelNotFound."""
+        body, ignored = read_request(data, dialect.body_type)
+        if body.model != self._spec.name:
+            raise ModelNotFound(f"This model does not exist. This server has '{self._spec.name}'.", param="model")
+        prompts = dialect.prompts(body, self._most_prompts(body))
+        options = body.stream_options or StreamOptions()
+        return Job(
+            answer_id=answer_id,
+            requests=self._requests(body, prompts, dialect.prompt_param, answer_id, time_left_s()),
+            num_samples=body.n,
+            stops=tuple(body.stop),
+            stream=body.stream,
+            include_usage=options.include_usage,
+            running_usage=options.continuous_usage_stats,
+            ignored=ignored,
+        )
+
+    def _most_prompts(self, body: Body) -> int:
+        """How many prompts may come with `body.n` samples each. Raises InvalidRequest when not even one may."""
+        limit = self._config.router.max_inflight
+        if body.n > limit:
+            raise InvalidRequest(
+                f"Invalid 'n': integer above maximum value. Expected a value <= {limit}, but got {body.n} instead.",
+                param="n",
+                code="integer_above_max_value",
+            )
+        return limit // body.n
+
+    def _requests(
+        self, body: Body, prompts: list[list[int]], param: str, answer_id: str, deadline_s: float
+    ) -> tuple[GenerateRequest, ...]:
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        kv = self._config.kv
+        pack = recipes.resolve(body.kv, default_recipe=kv.recipe, default_budget=kv.budget)
+        # An explicit cache policy without breakpoints means "do not share": a salt that nobody else has.
+        salt = answer_id if body.prompt_cache_options.mode == "explicit" else body.cache_salt
+        rooms = [answer_room(len(tokens), body.max_new_tokens, self._spec.max_context, param) for tokens in prompts]
+        return tuple(
+            GenerateRequest(
+                request_id=f"{answer_id}-{prompt_index * body.n + sample}",
+                token_ids=tokens,
+                num_prompt_tokens=len(tokens),
+                sampling=sampling_params(body, derive_seed(seed, sample), self._spec),
+                stop=stop_rules(body, room, self._spec),
+                pack=pack,
+                cache_salt=salt,
+                deadline_s=deadline_s,
+            )
+            for prompt_index, (tokens, room) in enumerate(zip(map(tuple, prompts), rooms, strict=True))
+            for sample in range(body.n)
+        )

@@ -1,0 +1,198 @@
+"""The life of one answer, from the router's side: match, place, generate, and try again elsewhere if it is worth it.
+
+Knows the index, the view of the fleet and the decode clients. Does not know HTTP or text. All retries are here:
+
+- before the first token a failed attempt is simply made again, with the workers at fault left out;
+- after it, the answer is resumed: prompt + tokens so far go to another worker, selection anchored at the prompt's end.
+  Noise depends on (seed, position) only, so at recipe `none` the tokens are those of an unbroken run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
+from random import Random
+
+from packlight.compress.budget import max_pages
+from packlight.core.config import RouterConfig
+from packlight.core.errors import NoWorker, PacklightError, WorkerLost
+from packlight.core.hashing import page_hashes
+from packlight.core.types import (
+    Failed,
+    GenerateEvent,
+    GenerateRequest,
+    ModelSpec,
+    Role,
+    Tokens,
+    WorkerId,
+    WorkerInfo,
+)
+from packlight.fleet.view import FleetView
+from packlight.prefix.base import PrefixIndex
+from packlight.router.clients import DecodeClients
+from packlight.router.placement import Demand, Outlook, Pair, place
+from packlight.router.service import Readiness
+from packlight.telemetry.metrics import RouterMetrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Sent:
+    """What this router has sent and not seen answered, by worker. Heartbeats are a second old; this is not."""
+
+    tokens: Counter[WorkerId] = field(default_factory=Counter)
+    requests: Counter[WorkerId] = field(default_factory=Counter)
+
+    @contextmanager
+    def prefilling(self, worker_id: WorkerId, num_tokens: int) -> Iterator[Callable[[], None]]:
+        """Counts `num_tokens` until the block ends or the yielded function is called."""
+        open_tokens = [num_tokens]
+
+        def done() -> None:
+            self.tokens[worker_id] -= open_tokens.pop() if open_tokens else 0
+
+        self.tokens[worker_id] += num_tokens
+        try:
+            yield done
+        finally:
+            done()
+
+    @contextmanager
+    def decoding(self, worker_id: WorkerId) -> Iterator[None]:
+        self.requests[worker_id] += 1
+        try:
+            yield
+        finally:
+            self.requests[worker_id] -= 1
+
+
+class Pipeline:
+    """The router's `Backend`."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        spec: ModelSpec,
+        index: PrefixIndex,
+        view: FleetView,
+        clients: DecodeClients,
+        metrics: RouterMetrics,
+        *,
+        random: Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config, self._spec, self._index, self._view = config, spec, index, view
+        self._clients, self._metrics, self._random, self._clock = clients, metrics, random or Random(), clock
+        self._sent = Sent()
+
+    def readiness(self) -> Readiness:
+        """Ready when a compatible pair of workers is alive."""
+        workers = [worker for worker in self._view.workers() if not worker.draining]
+        hashes = [{w.compatibility for w in workers if w.role is role} for role in Role]
+        counts = {role.value: sum(worker.role is role for worker in workers) for role in Role}
+        for role, num in counts.items():
+            self._metrics.set_workers(role, num)
+        self._metrics.set_index_available(self._index.available)
+        details = {
+            "workers": counts,
+            "prefix_index": "available" if self._index.available else "away: placing by load alone",
+            "fleet_registry": "available" if self._view.available else "away: using the last known workers",
+        }
+        return Readiness(bool(hashes[0] & hashes[1]), details)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
+        """The events of one answer, whatever number of workers it takes."""
+        started, avoid = self._clock(), frozenset[WorkerId]()
+        generated: list[int] = []
+        error: PacklightError | None = None
+        for attempt in range(self._config.max_attempts):
+            now = self._resumed(request, generated, attempt, self._clock() - started)
+            try:
+                pair = await self._place(now, avoid)
+            except NoWorker as missing:
+                raise error or missing from None
+            async with aclosing(self._attempt(now, pair)) as events:
+                async for event in events:
+                    if isinstance(event, Failed):
+                        error = event.error
+                        break
+                    if isinstance(event, Tokens):
+                        generated += [token.token_id for token in event.tokens]
+                    yield replace(event, request_id=request.request_id)
+                else:
+                    return
+            avoid |= {self._blame(error, pair)}
+            if not error.retryable:
+                break
+            log.warning("%s: attempt %d failed: %s", request.request_id, attempt + 1, error.message)
+            self._metrics.count_retry(type(error).__name__)
+        assert error is not None
+        yield Failed(request.request_id, error)
+
+    # ── one attempt ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _resumed(self, request: GenerateRequest, generated: list[int], attempt: int, spent_s: float) -> GenerateRequest:
+        return replace(
+            request,
+            request_id=f"{request.request_id}.{attempt}",
+            token_ids=(*request.token_ids, *generated),
+            deadline_s=max(0.001, request.deadline_s - spent_s),
+        )
+
+    async def _place(self, request: GenerateRequest, avoid: frozenset[WorkerId]) -> Pair:
+        started = self._clock()
+        workers = self._view.workers()
+        outlook = Outlook(await self._match(request, workers), self._sent.tokens, self._sent.requests)
+        pair = place(workers, self._demand(request, workers), outlook, avoid=avoid, random=self._random)
+        self._metrics.observe_route(self._clock() - started)
+        return pair
+
+    async def _match(self, request: GenerateRequest, workers: tuple[WorkerInfo, ...]) -> dict[WorkerId, int]:
+        """Pages of the prompt that each prefill worker holds. One look-up per kind of model in the fleet: one."""
+        kinds = {(worker.fingerprint, worker.page_size) for worker in workers if worker.role is Role.PREFILL}
+        matched: dict[WorkerId, int] = {}
+        for fingerprint, page_size in sorted(kinds):
+            hashes = page_hashes(request.token_ids, page_size, fingerprint=fingerprint, salt=request.cache_salt)
+            if hashes:
+                matched |= await self._index.match(fingerprint, hashes)
+        return matched
+
+    def _demand(self, request: GenerateRequest, workers: tuple[WorkerInfo, ...]) -> Demand:
+        page_size = workers[0].page_size if workers else 16
+        num_pages = max_pages(
+            request.pack, self._spec, request.num_prompt_tokens, page_size, num_new_tokens=request.stop.max_tokens
+        )
+        prompt_pages = max_pages(request.pack, self._spec, request.num_prompt_tokens, page_size)
+        itemsize = 4 if self._spec.dtype == "float32" else 2
+        return Demand(
+            num_tokens=len(request.token_ids),
+            shipped_bytes=2 * prompt_pages * page_size * self._spec.head_dim * itemsize,
+            num_pages=num_pages,
+        )
+
+    async def _attempt(self, request: GenerateRequest, pair: Pair) -> AsyncGenerator[GenerateEvent, None]:
+        """One try at one pair; what the client raises becomes a `Failed`."""
+        request = replace(request, prefill_id=pair.prefill.worker_id, prefill_address=pair.prefill.address)
+        uncached = len(request.token_ids) - pair.num_cached_tokens
+        prefilling = self._sent.prefilling(pair.prefill.worker_id, uncached)
+        with prefilling as prefilled, self._sent.decoding(pair.decode.worker_id):
+            try:
+                async with aclosing(self._clients.get(pair.decode).generate(request)) as events:
+                    async for event in events:
+                        prefilled()
+                        yield event
+            except PacklightError as error:
+                error.worker_id = error.worker_id or pair.decode.worker_id
+                yield Failed(request.request_id, error)
+
+    def _blame(self, error: PacklightError, pair: Pair) -> WorkerId:
+        """The worker a retry must avoid; one that cannot be reached is suspect to everybody."""
+        culprit = pair.prefill if error.worker_id == pair.prefill.worker_id else pair.decode
+        if isinstance(error, WorkerLost):
+            self._view.suspect(culprit.worker_id, culprit.generation)
+        return culprit.worker_id

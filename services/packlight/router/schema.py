@@ -1,0 +1,192 @@
+"""The request bodies of the OpenAI API, as far as they are served: fields, types, limits, defaults.
+
+Knows one body at a time. What depends on the model (vocabulary, context length) is checked in `params.py` and
+`prepare.py`; what is refused or ignored by name is listed in `validate.py`. Limits are those of OpenAI's published
+schema (version 2.3.0); fields below "extensions" are the ones self-hosted servers share.
+
+`null` means "not given" everywhere: it is removed before these models see the body.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Count = Annotated[int, Field(ge=1)]
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class Part(BaseModel):
+    """Strict, because `"1"` is not 1; errors of lists stop at the first item, so that a bad body costs one error."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+def fault(code: str, message: str, path: str = "") -> PydanticCustomError:
+    """A finding of our own validators; `path` is where, below the field that is validated."""
+    return PydanticCustomError(code, "{text}", {"text": message, "path": path})
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_text(content: Any) -> Any:
+    """Content as one string: text parts are joined by newlines. Other kinds of parts need another model."""
+    if not isinstance(content, list):
+        return content
+    return "\n".join(_part_text(part, f"[{index}]") for index, part in enumerate(content))
+
+
+def _plain_options(options: Any) -> Any:
+    """Only short scalars, so that an error about an option can say its value."""
+    for name, value in options.items() if isinstance(options, dict) else ():
+        if not isinstance(value, bool | int | float | str) or (isinstance(value, str) and len(value) > 64):
+            raise fault("invalid_type", "Expected a number or a short string.", name[:64])
+    return options
+
+
+def _text_or_list(prompt: Any) -> Any:
+    if not isinstance(prompt, str | list):
+        raise fault("invalid_type", "Expected a string or an array.")
+    return prompt
+
+
+def _part_text(part: Any, path: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "refusal"):
+        raise fault("unsupported_value", "This model reads content parts of type 'text' only.", path)
+    if not isinstance(part.get(kind), str):
+        raise fault(
+            "invalid_type", f"A content part of type '{kind}' must have a string in '{kind}'.", f"{path}.{kind}"
+        )
+    text: str = part[kind]
+    return text
+
+
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=1024)]],
+    Field(max_length=4),
+    FailFast(),
+    BeforeValidator(_as_list),
+]
+
+
+class Message(Part):
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    content: Annotated[str | None, BeforeValidator(_as_text, json_schema_input_type=str | list[Any])] = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise fault("missing_required_parameter", "A message must have content.", ".content")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise fault("missing_required_parameter", "A message with role 'tool' must have it.", ".tool_call_id")
+        return self
+
+
+class StreamOptions(Part):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    continuous_usage_stats: bool = False
+
+
+class TemplateOptions(Part):
+    """The variables of a chat template that a client may set; no template needs others to render."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    enable_thinking: bool | None = None
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
+
+
+class CacheOptions(Part):
+    mode: Literal["implicit", "explicit"] = "implicit"
+
+
+class Body(Part):
+    """What both kinds of completions share."""
+
+    model: Annotated[str, Field(min_length=1)]
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    max_tokens: Count | None = None
+    stop: Stops = []
+    seed: Int64 | None = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    prompt_cache_options: CacheOptions = CacheOptions()
+
+    # Extensions.
+    top_k: Annotated[int, Field(ge=-1)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128), FailFast()] = []
+    cache_salt: Annotated[str, Field(max_length=128, pattern=r"^[^@/\\\x00]*$")] = ""
+    kv: Annotated[dict[str, Any], BeforeValidator(_plain_options)] = {}
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise fault("invalid_value", "It is only allowed when 'stream' is true.", "stream_options")
+        if self.max_new_tokens is not None and self.min_tokens > self.max_new_tokens:
+            raise fault(
+                "invalid_value", f"Expected at most {self.max_new_tokens}, the most tokens asked for.", "min_tokens"
+            )
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """As in `SamplingParams`: None for no log-probabilities, else how many alternatives."""
+        raise NotImplementedError
+
+
+class ChatBody(Body):
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    chat_template_kwargs: TemplateOptions = TemplateOptions()
+
+    @model_validator(mode="after")
+    def _wants_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise fault("invalid_value", "It is only allowed when 'logprobs' is true.", "top_logprobs")
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionBody(Body):
+    """`prompt` is a string, a list of strings, a list of tokens or a list of lists of tokens."""
+
+    prompt: Annotated[str | list[Any], BeforeValidator(_text_or_list)]
+    max_tokens: Count | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs

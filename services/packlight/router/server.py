@@ -1,0 +1,109 @@
+"""The router process: the HTTP server around the app, and what the app stands on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from packlight.core.config import Config, RouterConfig
+from packlight.core.errors import StartupError
+from packlight.core.types import WorkerInfo
+from packlight.fleet.registry import build_fleet
+from packlight.fleet.view import FleetView
+from packlight.models.opened import open_model
+from packlight.prefix.registry import build_index
+from packlight.router.app import build_app
+from packlight.router.clients import GrpcDecodeClients
+from packlight.router.pipeline import Pipeline
+from packlight.router.service import ServedModel
+from packlight.telemetry.metrics import RouterMetrics
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: signals belong to the CLI."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(config: RouterConfig) -> socket.socket:
+    """Raises StartupError if the address cannot be had."""
+    try:
+        return socket.create_server((config.host, config.port), backlog=1024)
+    except OSError as error:
+        where = f"{config.host}:{config.port}"
+        raise StartupError(
+            f"cannot listen on {where}: {error.strerror}. Choose another --set router.port=..."
+        ) from None
+
+
+async def serve_http(app: FastAPI, config: RouterConfig, bound: socket.socket, stop: asyncio.Event) -> None:
+    """Serve until `stop`, then refuse new requests, let running ones end for `drain_s`, and return."""
+    server = HttpServer(
+        uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+    )
+    serving = asyncio.create_task(server.serve(sockets=[bound]))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not serving.done():
+        app.state.gate.drain()
+        try:
+            async with asyncio.timeout(config.drain_s):
+                await app.state.gate.drained()
+        except TimeoutError:
+            pass
+        server.should_exit = True
+    await serving
+
+
+def ready_message(config: RouterConfig, bound: socket.socket, model: str) -> str:
+    """One line that says it is ready, and one to try it with."""
+    host, port = bound.getsockname()[:2]
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+    return f"ready: {model} at {url}/v1\n  {curl}"
+
+
+async def serve(
+    config: Config, environ: Mapping[str, str], stop: asyncio.Event, on_progress: Callable[[str], None]
+) -> None:
+    """Runs until `stop`. Raises StartupError if it cannot start."""
+    index = build_index(config.index, environ, time.monotonic)
+    fleet = build_fleet(config.fleet, environ, time.monotonic)
+    opened = open_model(config.model, on_progress=on_progress)
+
+    async def forget(worker: WorkerInfo) -> None:
+        await index.drop_worker(worker.fingerprint, worker.worker_id, worker.generation)
+
+    view = FleetView(
+        fleet,
+        poll_s=config.fleet.heartbeat_s,
+        suspect_s=config.fleet.ttl_s,
+        clock=time.monotonic,
+        on_vanished=forget,
+    )
+    clients = GrpcDecodeClients()
+    metrics = RouterMetrics(CollectorRegistry())
+    pipeline = Pipeline(config.router, opened.spec, index, view, clients, metrics)
+    app = build_app(config, ServedModel(opened.spec, opened.tokenizer), pipeline, metrics)
+    bound = listen(config.router)
+    await view.start()
+    on_progress(ready_message(config.router, bound, opened.spec.name))
+    try:
+        await serve_http(app, config.router, bound, stop)
+    finally:
+        await view.close()
+        await clients.close()
+        await index.close()
+        await fleet.close()

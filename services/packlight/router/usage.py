@@ -1,0 +1,69 @@
+"""The `usage` of an answer: what was read, written and shipped for it.
+
+Knows token counts and what packing reported. Prompt tokens count once per prompt, not once per choice. The `kv` object
+is an extension of OpenAI's schema; it is null when no choice ran to its end (a stop string closes the stream that
+would have brought the report).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from packlight.core.types import Usage
+from packlight.router.choice import Choice
+from packlight.router.job import Job
+
+
+def usage_counts(job: Job, choices: Sequence[Choice]) -> dict[str, Any]:
+    """The token counts so far."""
+    num_generated = sum(choice.num_generated for choice in choices)
+    return {
+        "prompt_tokens": job.num_prompt_tokens,
+        "completion_tokens": num_generated,
+        "total_tokens": job.num_prompt_tokens + num_generated,
+    }
+
+
+def usage_report(job: Job, choices: Sequence[Choice], prepare_s: float) -> dict[str, Any]:
+    """The whole report, when every choice is done. `prepare_s` is what reading the request took."""
+    by_prompt = [_reports(choices[at : at + job.num_samples]) for at in range(0, len(choices), job.num_samples)]
+    return {
+        **usage_counts(job, choices),
+        "prompt_tokens_details": {"cached_tokens": sum(map(_num_cached, by_prompt))},
+        "kv": _kv_report(job, by_prompt, prepare_s),
+    }
+
+
+def _reports(choices: Sequence[Choice]) -> list[Usage]:
+    return [choice.usage for choice in choices if choice.usage is not None]
+
+
+def _num_cached(usages: list[Usage]) -> int:
+    """What was cached before the request: later samples of a prompt find what the first one left."""
+    return min((usage.num_cached_tokens for usage in usages), default=0)
+
+
+def _kv_report(job: Job, by_prompt: list[list[Usage]], prepare_s: float) -> dict[str, Any] | None:
+    usages = [usage for reports in by_prompt for usage in reports]
+    if not usages:
+        return None
+    masses = [usage.kv.retained_mass for usage in usages if usage.kv.retained_mass is not None]
+    kept = sum(sum(usage.kv.num_kept_tokens for usage in reports) / len(reports) for reports in by_prompt if reports)
+    return {
+        "recipe": usages[0].kv.recipe,
+        "kept_tokens": round(kept, 2),
+        "prompt_tokens": job.num_prompt_tokens,
+        "shipped_bytes": sum(usage.kv.shipped_bytes for usage in usages),
+        "exact_bytes": sum(usage.kv.exact_bytes for usage in usages),
+        "attention_mass_retained": min(masses) if masses else None,
+        "timings_ms": _timings_ms(usages, prepare_s),
+    }
+
+
+def _timings_ms(usages: list[Usage], prepare_s: float) -> dict[str, float]:
+    """Choices run side by side, so each part is that of the choice that took longest for it."""
+    parts = [{name.removesuffix("_s"): value for name, value in asdict(usage.timings).items()} for usage in usages]
+    longest = {name: max(part[name] for part in parts) for name in parts[0]}
+    return {name: round(1000 * value, 3) for name, value in {"prepare": prepare_s, **longest}.items()}

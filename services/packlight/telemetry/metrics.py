@@ -1,0 +1,232 @@
+"""What each role measures: small classes over the catalogue, on a registry that the caller owns.
+
+Knows which observation goes to which metric. Does not know when things happen. There is no global registry: two engines
+in one process have two, or share one, as their names differ by role.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from packlight.core.types import KVUsage, Timings
+from packlight.telemetry.catalogue import CATALOGUE, full_name
+
+C = TypeVar("C", Counter, Gauge)
+
+
+class _Instruments:
+    """The metrics of one role, registered once each."""
+
+    def __init__(self, role: str, registry: CollectorRegistry) -> None:
+        self._role, self._registry = role, registry
+        self._metrics = {metric.name: metric for metric in CATALOGUE[role]}
+
+    def counter(self, name: str) -> Counter:
+        return self._make(name, Counter)
+
+    def gauge(self, name: str) -> Gauge:
+        return self._make(name, Gauge)
+
+    def histogram(self, name: str) -> Histogram:
+        metric = self._metrics[name]
+        return Histogram(
+            full_name(self._role, metric), metric.help, metric.labels, buckets=metric.buckets, registry=self._registry
+        )
+
+    def _make(self, name: str, kind: type[C]) -> C:
+        metric = self._metrics[name]
+        return kind(full_name(self._role, metric), metric.help, metric.labels, registry=self._registry)
+
+
+class _Shipments:
+    """What packing did, by recipe: the same five metrics in every role."""
+
+    def __init__(self, made: _Instruments) -> None:
+        self._kept = made.histogram("kept_tokens")
+        self._shipped = made.counter("shipped_bytes")
+        self._exact = made.counter("exact_bytes")
+        self._ratio = made.histogram("compression_ratio")
+        self._mass = made.histogram("attention_mass_retained")
+
+    def observe(self, recipe: str, kept: float, shipped_bytes: int, exact_bytes: int, mass: float | None) -> None:
+        self._kept.labels(recipe).observe(kept)
+        self._shipped.labels(recipe).inc(shipped_bytes)
+        self._exact.labels(recipe).inc(exact_bytes)
+        if shipped_bytes:
+            self._ratio.labels(recipe).observe(exact_bytes / shipped_bytes)
+        if mass is not None:
+            self._mass.labels(recipe).observe(mass)
+
+
+class RouterMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        made = _Instruments("router", registry)
+        self._requests = made.counter("requests")
+        self._inflight = made.gauge("inflight_requests")
+        self._request_s = made.histogram("request_seconds")
+        self._errors = made.counter("errors")
+        self._retries = made.counter("retries")
+        self._first_token_s = made.histogram("time_to_first_token_seconds")
+        self._part_s = made.histogram("time_to_first_token_part_seconds")
+        self._per_token_s = made.histogram("time_per_output_token_seconds")
+        self._prompt = made.counter("prompt_tokens")
+        self._cached = made.counter("cached_prompt_tokens")
+        self._generated = made.counter("generated_tokens")
+        self._ignored = made.counter("ignored_parameters")
+        self._workers = made.gauge("workers")
+        self._index = made.gauge("index_available")
+        self._draining = made.gauge("draining")
+        self._shipments = _Shipments(made)
+
+    def request_started(self, endpoint: str) -> None:
+        self._inflight.labels(endpoint).inc()
+
+    def request_ended(self, endpoint: str, outcome: str, seconds: float) -> None:
+        """Exactly once for every `request_started`."""
+        self._inflight.labels(endpoint).dec()
+        self._requests.labels(endpoint, outcome).inc()
+        self._request_s.labels(endpoint).observe(seconds)
+
+    def count_error(self, type: str) -> None:
+        self._errors.labels(type).inc()
+
+    def count_retry(self, type: str) -> None:
+        self._retries.labels(type).inc()
+
+    def count_ignored(self, num: int) -> None:
+        self._ignored.inc(num)
+
+    def count_prompt(self, num_tokens: int) -> None:
+        self._prompt.inc(num_tokens)
+
+    def count_cached(self, num_tokens: int) -> None:
+        self._cached.inc(num_tokens)
+
+    def count_generated(self, num_tokens: int) -> None:
+        self._generated.inc(num_tokens)
+
+    def observe_first_token(self, seconds: float) -> None:
+        self._first_token_s.observe(seconds)
+
+    def observe_per_token(self, seconds: float) -> None:
+        self._per_token_s.observe(seconds)
+
+    def observe_prepare(self, seconds: float) -> None:
+        """Validation, chat template and tokenising."""
+        self._part_s.labels("prepare").observe(seconds)
+
+    def observe_route(self, seconds: float) -> None:
+        """Prefix lookup and placement."""
+        self._part_s.labels("route").observe(seconds)
+
+    def observe_timings(self, timings: Timings) -> None:
+        """The parts that the workers report."""
+        for part in ("decode_queue", "prefill_queue", "prefill", "select", "transfer", "first_step"):
+            self._part_s.labels(part).observe(getattr(timings, f"{part}_s"))
+
+    def observe_kv(self, kv: KVUsage) -> None:
+        self._shipments.observe(kv.recipe, kv.num_kept_tokens, kv.shipped_bytes, kv.exact_bytes, kv.retained_mass)
+
+    def set_workers(self, role: str, num: int) -> None:
+        self._workers.labels(role).set(num)
+
+    def set_index_available(self, available: bool) -> None:
+        self._index.set(available)
+
+    def set_draining(self, draining: bool) -> None:
+        self._draining.set(draining)
+
+
+class _WorkerMetrics:
+    """What both kinds of workers measure."""
+
+    def __init__(self, made: _Instruments) -> None:
+        self._requests = made.counter("requests")
+        self._errors = made.counter("errors")
+        self._pages = made.gauge("pages")
+        self._queued = made.gauge("queued_requests")
+        self._running = made.gauge("running_requests")
+        self._queue_s = made.histogram("queue_seconds")
+        self._step_s = made.histogram("step_seconds")
+        self._shipments = _Shipments(made)
+
+    def count_request(self, outcome: str) -> None:
+        """How a request ended: completed, cancelled, refused or failed."""
+        self._requests.labels(outcome).inc()
+
+    def count_error(self, type: str) -> None:
+        self._errors.labels(type).inc()
+
+    def set_pages(self, free: int, held: int, cached: int) -> None:
+        for state, num in (("free", free), ("held", held), ("cached", cached)):
+            self._pages.labels(state).set(num)
+
+    def set_queue(self, num: int) -> None:
+        self._queued.set(num)
+
+    def set_running(self, num: int) -> None:
+        self._running.set(num)
+
+    def observe_queue(self, seconds: float) -> None:
+        self._queue_s.observe(seconds)
+
+    def observe_shipment(
+        self, recipe: str, kept: float, shipped_bytes: int, exact_bytes: int, mass: float | None
+    ) -> None:
+        self._shipments.observe(recipe, kept, shipped_bytes, exact_bytes, mass)
+
+
+class PrefillMetrics(_WorkerMetrics):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        made = _Instruments("prefill", registry)
+        super().__init__(made)
+        self._prompt = made.counter("prompt_tokens")
+        self._cached = made.counter("cached_prompt_tokens")
+        self._prefill_s = made.histogram("prefill_seconds")
+        self._select_s = made.histogram("select_seconds")
+        self._step_tokens = made.histogram("step_tokens")
+        self._step_prompts = made.histogram("step_prompts")
+
+    def observe_prefill(
+        self, num_prompt_tokens: int, num_cached_tokens: int, prefill_s: float, select_s: float
+    ) -> None:
+        """One prompt is done."""
+        self._prompt.inc(num_prompt_tokens)
+        self._cached.inc(num_cached_tokens)
+        self._prefill_s.observe(prefill_s)
+        self._select_s.observe(select_s)
+
+    def observe_step(self, num_prompts: int, num_tokens: int, seconds: float) -> None:
+        self._step_prompts.observe(num_prompts)
+        self._step_tokens.observe(num_tokens)
+        self._step_s.observe(seconds)
+
+
+class DecodeMetrics(_WorkerMetrics):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        made = _Instruments("decode", registry)
+        super().__init__(made)
+        self._generated = made.counter("generated_tokens")
+        self._local = made.counter("local_prefills")
+        self._batch = made.histogram("batch_size")
+        self._transfer_s = made.histogram("transfer_seconds")
+        self._first_step_s = made.histogram("first_step_seconds")
+
+    def observe_step(self, batch: int, seconds: float) -> None:
+        """One token for each of `batch` requests."""
+        self._generated.inc(batch)
+        self._batch.observe(batch)
+        self._step_s.observe(seconds)
+
+    def observe_transfer(self, seconds: float) -> None:
+        self._transfer_s.observe(seconds)
+
+    def observe_first_step(self, seconds: float) -> None:
+        self._first_step_s.observe(seconds)
+
+    def count_local_prefill(self, reason: str) -> None:
+        """`short` prompt, or `no_prefill_worker`."""
+        self._local.labels(reason).inc()
