@@ -1,0 +1,25 @@
+"""Fixtures shared by all tests. The real model is opened once per session."""
+
+from __future__ import annotations
+
+import pytest
+
+from packlight.core.config import DType, ModelConfig
+from packlight.core.types import Role
+from packlight.engine.build import build_model
+from packlight.models.opened import OpenedModel, open_model
+
+pytest_plugins = ["tests.support.redis_servers", "tests.support.tiny_models"]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> OpenedModel:
+    """SmolLM2-135M-Instruct in float32: files, spec and tokenizer."""
+    return open_model(ModelConfig(path="smollm2", dtype=DType.FLOAT32), on_progress=print)
+
+
+@pytest.fixture(scope="session")
+def smollm2_model(smollm2):
+    """Its weights, behind our adapter."""
+    config = ModelConfig(path="smollm2", dtype=DType.FLOAT32)
+    return build_model(smollm2, config, Role.DECODE, on_progress=print)

@@ -1,0 +1,65 @@
+"""SnapKV on the real model: the logits are those of masked dense attention, and the needle is still found."""
+
+import pytest
+import torch
+
+from packlight.core.types import PackSpec
+from tests.support.fake_pair import collect
+from tests.support.real_pair import MaskedAttention, greedy, real_pair
+
+pytestmark = pytest.mark.slow
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+
+
+def needle_prompt(tokenizer, num_sentences, depth, number):
+    """A number hidden in filler, asked for at the end; the answer's beginning is given, as in RULER."""
+    needle = f"One of the special magic numbers for quiet-river is: {number}. "
+    sentences = [FILLER] * num_sentences
+    sentences.insert(int(depth * num_sentences), needle)
+    text = (
+        "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you "
+        f"about the numbers afterwards.\n{''.join(sentences)}\nWhat is the special magic number for quiet-river "
+        "mentioned in the provided text?"
+    )
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    return ids + tokenizer.encode("The special magic number for quiet-river mentioned in the provided text is")
+
+
+@pytest.mark.parametrize("chunk_tokens", [512, 100])
+@pytest.mark.parametrize(
+    "pack",
+    [
+        PackSpec("snapkv", budget_tokens=96, window=16, sinks=4, kernel=15),
+        PackSpec("snapkv", budget_tokens=160, window=32, sinks=0, kernel=63),
+        PackSpec("none"),
+    ],
+    ids=["96", "160", "none"],
+)
+async def test_decode_logits_are_those_of_masked_dense_attention(smollm2, smollm2_model, pack, chunk_tokens):
+    ids = needle_prompt(smollm2.tokenizer, 18, 0.4, 8015764)
+    async with real_pair(smollm2_model, chunk_tokens=chunk_tokens, num_tokens=2048) as pair:
+        tokens, event = await collect(pair.decode, greedy(ids, 8, pack=pack))
+    oracle = MaskedAttention(len(ids), pack)
+    everything = torch.tensor([*ids, *tokens[:-1]])
+    rows = torch.arange(len(ids), len(everything))
+    with torch.inference_mode():
+        expected = smollm2_model.forward(everything, torch.arange(len(everything)), oracle, rows)
+    got = torch.cat(pair.decode_logits)
+    assert (got - expected).abs().max().item() < 1e-4
+    kept = [len(head) for layer in oracle.kept for head in layer]
+    assert event.usage.kv.num_kept_tokens == sum(kept) / len(kept)
+
+
+@pytest.mark.parametrize("times_smaller", [1, 4, 8])
+async def test_the_needle_is_found_in_a_packed_kv(smollm2, smollm2_model, times_smaller):
+    number = "7368886"
+    ids = needle_prompt(smollm2.tokenizer, 86, 0.5, number)
+    assert 1900 < len(ids) < 2300
+    pack = PackSpec("snapkv", ratio=1 / times_smaller) if times_smaller > 1 else PackSpec()
+    async with real_pair(smollm2_model, num_tokens=4096) as pair:
+        tokens, event = await collect(pair.decode, greedy(ids, 10, pack=pack))
+    assert number in smollm2.tokenizer.decode(tokens)
+    usage = event.usage.kv
+    assert usage.shipped_bytes <= usage.exact_bytes / times_smaller * 1.05
+    assert usage.retained_mass is not None
+    assert usage.retained_mass > 0.5
