@@ -134,6 +134,8 @@ async def test_what_followed_a_lost_page_does_not_come_back_with_it(index: Prefi
     await index.insert(model, A, LONG[:60])
     assert await index.match(model, LONG) == {"a": 60, "b": 100}
     assert await index.match(model, branch) == {"a": 60, "b": 60}
+    await index.insert(model, A, LONG[:70])
+    assert await index.match(model, LONG) == {"a": 70, "b": 100}
 
 
 async def test_removing_what_is_not_held_changes_nothing(index: PrefixIndex, model: str) -> None:

@@ -256,3 +256,9 @@ def test_logits_are_left_alone():
 def test_tiny_temperature_is_greedy_and_does_not_overflow():
     logits = torch.linspace(-50, 50, 200)
     assert set(draw(logits, SamplingParams(temperature=1e-30), range(20))) == {199}
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(0.0, 2), (0.5, 3), (1 - 2**-53, 3)])
+def test_noise_at_its_limits_draws_a_possible_token(monkeypatch, noise, expected):
+    monkeypatch.setattr(sampler, "counter_uniform", lambda seed, position: noise)
+    assert draw([-torch.inf, -torch.inf, 0.0, 0.0, -torch.inf], SamplingParams(), [0]) == [expected]

@@ -143,9 +143,10 @@ def _prove(model: TransformersModel, *, num_heads: int, config: Any, device: str
     used = tuple(probe.windows.values())
     if used != spec.sliding_windows:
         raise ModelError(f"its layers attend with windows {used}, config.json was read as {spec.sliding_windows}")
-    layer_types = getattr(config, "layer_types", None) or ()
-    if any(kind == "sliding_attention" and window is None for kind, window in zip(layer_types, used, strict=False)):
-        raise ModelError("some of its sliding layers do not tell attention their window")
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * spec.num_layers
+    slides = "sliding_attention" in layer_types and getattr(config, "sliding_window", None)
+    if slides and not any(used):
+        raise ModelError(f"its config.json has a sliding_window of {slides}, but its layers do not tell attention")
 
 
 def _model_class(folder: ModelFolder) -> Any:

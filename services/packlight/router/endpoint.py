@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from packlight.core.config import RouterConfig
@@ -34,7 +35,7 @@ from packlight.router.limits import Gate, Slot
 from packlight.router.middleware import request_id_of
 from packlight.router.service import Backend, ServedModel
 from packlight.router.sse import Reply
-from packlight.router.usage import usage_report
+from packlight.router.usage import num_cached_tokens, usage_report
 from packlight.router.validate import warning_header
 from packlight.telemetry.metrics import RouterMetrics
 
@@ -81,6 +82,8 @@ class _Exchange:
         self._started_at = services.clock()
         self._prepare_s = 0.0
         self._choices: list[Choice] = []
+        self._num_samples = 1
+        self._error = "-"
 
     async def run(self) -> None:
         """Never raises, except when the server itself is cancelled. Ends in exactly one outcome, which is counted."""
@@ -115,6 +118,7 @@ class _Exchange:
         slot.grow(len(job.requests))
         self._prepare_s = self._elapsed_s()
         self._note(job)
+        self._num_samples = job.num_samples
         tokenizer = self._services.model.tokenizer
         self._choices = [Choice(index, request, tokenizer, job.stops) for index, request in enumerate(job.requests)]
         async with Generation(self._services.backend, self._choices, self._services.clock) as generation:
@@ -144,6 +148,7 @@ class _Exchange:
 
     async def _fail(self, error: Exception) -> Outcome:
         problem = problem_of(error)
+        self._error = problem.kind
         self._services.metrics.count_error(problem.kind)
         log_problem(problem, error, self._request_id)
         try:
@@ -175,18 +180,27 @@ class _Exchange:
         seconds = self._elapsed_s()
         for choice in self._choices:
             observe_choice(self._services.metrics, choice, self._started_at)
+        self._services.metrics.count_cached(num_cached_tokens(self._choices, self._num_samples))
         self._services.metrics.request_ended(self._dialect.name, outcome, seconds)
         _log.info(
-            "%s request=%s answer=%s outcome=%s status=%s prompt_tokens=%d generated_tokens=%d seconds=%.3f",
+            "%s request=%s answer=%s retry=%s outcome=%s status=%d error=%s prompt=%d generated=%d seconds=%.3f",
             self._dialect.name,
             self._request_id,
             self._answer_id,
+            _retry_count(self._scope),
             outcome,
             self._reply.status or Cancelled.http_status,
+            self._error,
             sum(choice.request.num_prompt_tokens for choice in self._choices),
             sum(choice.num_generated for choice in self._choices),
             seconds,
         )
+
+
+def _retry_count(scope: Scope) -> str:
+    """What OpenAI's clients say of themselves; it tells load from retries."""
+    count = Headers(scope=scope).get("x-stainless-retry-count", "0")
+    return count if count.isdecimal() and len(count) < 4 else "?"
 
 
 def observe_choice(metrics: RouterMetrics, choice: Choice, started_at: float) -> None:
@@ -197,6 +211,5 @@ def observe_choice(metrics: RouterMetrics, choice: Choice, started_at: float) ->
         if choice.num_generated > 1:
             metrics.observe_per_token((choice.last_token_at - choice.first_token_at) / (choice.num_generated - 1))
     if choice.usage is not None:
-        metrics.count_cached(choice.usage.num_cached_tokens)
         metrics.observe_timings(choice.usage.timings)
         metrics.observe_kv(choice.usage.kv)

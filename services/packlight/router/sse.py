@@ -23,6 +23,7 @@ _STREAM_HEADERS = {
     # Tells nginx not to buffer.
     "x-accel-buffering": "no",
 }
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 # A reader that is stuck does not get to see why its stream ends.
 _FAREWELL_S = 1.0
 
@@ -78,4 +79,4 @@ class Reply:
 
 
 def _encode(body: Mapping[str, Any]) -> bytes:
-    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(body).encode()

@@ -28,21 +28,23 @@ def usage_counts(job: Job, choices: Sequence[Choice]) -> dict[str, Any]:
 
 def usage_report(job: Job, choices: Sequence[Choice], prepare_s: float) -> dict[str, Any]:
     """The whole report, when every choice is done. `prepare_s` is what reading the request took."""
-    by_prompt = [_reports(choices[at : at + job.num_samples]) for at in range(0, len(choices), job.num_samples)]
     return {
         **usage_counts(job, choices),
-        "prompt_tokens_details": {"cached_tokens": sum(map(_num_cached, by_prompt))},
-        "kv": _kv_report(job, by_prompt, prepare_s),
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens(choices, job.num_samples)},
+        "kv": _kv_report(job, _reports(choices, job.num_samples), prepare_s),
     }
 
 
-def _reports(choices: Sequence[Choice]) -> list[Usage]:
-    return [choice.usage for choice in choices if choice.usage is not None]
+def num_cached_tokens(choices: Sequence[Choice], num_samples: int) -> int:
+    """What was cached before the request. Later samples of a prompt find what the first one left: the least counts."""
+    reports = _reports(choices, num_samples)
+    return sum(min((usage.num_cached_tokens for usage in usages), default=0) for usages in reports)
 
 
-def _num_cached(usages: list[Usage]) -> int:
-    """What was cached before the request: later samples of a prompt find what the first one left."""
-    return min((usage.num_cached_tokens for usage in usages), default=0)
+def _reports(choices: Sequence[Choice], num_samples: int) -> list[list[Usage]]:
+    """The reports there are, by prompt."""
+    samples = [choices[at : at + num_samples] for at in range(0, len(choices), num_samples)]
+    return [[choice.usage for choice in group if choice.usage is not None] for group in samples]
 
 
 def _kv_report(job: Job, by_prompt: list[list[Usage]], prepare_s: float) -> dict[str, Any] | None:

@@ -57,9 +57,11 @@ async def test_a_stream_with_usage() -> None:
 
 
 async def test_the_clients_own_accumulation_of_a_stream() -> None:
-    async with talking(lambda request: one_by_one(ENCODE(f"answer {request.request_id[-1]}"))) as (client, _):
-        async with client.chat.completions.stream(model=MODEL, messages=MESSAGES, n=3, logprobs=True) as stream:
-            answer = await stream.get_final_completion()
+    async with (
+        talking(lambda request: one_by_one(ENCODE(f"answer {request.request_id[-1]}"))) as (client, _),
+        client.chat.completions.stream(model=MODEL, messages=MESSAGES, n=3, logprobs=True) as stream,
+    ):
+        answer = await stream.get_final_completion()
     assert [choice.message.content for choice in answer.choices] == ["answer 0", "answer 1", "answer 2"]
     for choice in answer.choices:
         assert choice.logprobs is not None

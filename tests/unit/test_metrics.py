@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from packlight.core.types import KVUsage, Timings
+from packlight.telemetry.catalogue import CATALOGUE, Kind, catalogue_markdown, full_name
+from packlight.telemetry.logs import set_up_logging
+from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics, RouterMetrics
+
+
+def use_everything(registry: CollectorRegistry) -> None:
+    """Calls every method of every role once."""
+    router, prefill, decode = RouterMetrics(registry), PrefillMetrics(registry), DecodeMetrics(registry)
+    router.request_started("chat")
+    router.request_ended("chat", "completed", 0.5)
+    router.count_error("QueueFull")
+    router.count_retry("WorkerLost")
+    router.count_ignored(1)
+    router.count_prompt(10)
+    router.count_cached(4)
+    router.count_generated(7)
+    router.observe_first_token(0.1)
+    router.observe_per_token(0.002)
+    router.observe_prepare(0.001)
+    router.observe_route(0.001)
+    router.observe_timings(Timings(prefill_s=0.2))
+    router.observe_kv(KVUsage("snapkv", 100.0, 1000, 4000, 0.98))
+    router.set_workers("decode", 2)
+    router.set_index_available(True)
+    router.set_draining(False)
+    for worker in (prefill, decode):
+        worker.count_request("completed")
+        worker.count_error("QueueFull")
+        worker.set_pages(free=5, held=3, cached=2)
+        worker.set_queue(1)
+        worker.set_running(2)
+        worker.observe_queue(0.01)
+        worker.observe_shipment("snapkv", 100.0, 1000, 4000, 0.98)
+    prefill.observe_prefill(100, 60, 0.2, 0.01)
+    prefill.observe_step(2, 512, 0.05)
+    decode.observe_step(8, 0.004)
+    decode.observe_transfer(0.01)
+    decode.observe_first_step(0.005)
+    decode.count_local_prefill("short")
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    use_everything(registry)
+    return registry
+
+
+def test_everything_in_the_catalogue_is_measured_and_nothing_else(registry: CollectorRegistry) -> None:
+    parsed = text_string_to_metric_families(generate_latest(registry).decode())
+    families = {family.name: family for family in parsed if not family.name.endswith("_created")}
+    expected = {full_name(role, metric): metric for role, metrics in CATALOGUE.items() for metric in metrics}
+    assert families.keys() == expected.keys()
+    for name, metric in expected.items():
+        assert families[name].type == metric.kind
+        # Every child was touched: a labelled metric that nobody observes has no samples.
+        samples = families[name].samples
+        assert samples, name
+        assert set(samples[0].labels) - {"le"} == set(metric.labels)
+        if metric.kind is Kind.HISTOGRAM:
+            assert sum(sample.value for sample in samples if sample.name.endswith("_count")) > 0, name
+
+
+def test_values(registry: CollectorRegistry) -> None:
+    value = registry.get_sample_value
+    assert value("packlight_router_requests_total", {"endpoint": "chat", "outcome": "completed"}) == 1
+    assert value("packlight_router_inflight_requests", {"endpoint": "chat"}) == 0
+    assert value("packlight_prefill_pages", {"state": "held"}) == 3
+    assert value("packlight_decode_batch_size_sum") == 8
+    assert value("packlight_decode_generated_tokens_total") == 8
+    assert value("packlight_prefill_compression_ratio_sum", {"recipe": "snapkv"}) == 4
+    assert value("packlight_router_time_to_first_token_part_seconds_sum", {"part": "prefill"}) == pytest.approx(0.2)
+    assert value("packlight_router_time_per_output_token_seconds_bucket", {"le": "0.002"}) == 1
+    assert value("packlight_router_time_per_output_token_seconds_bucket", {"le": "0.001"}) == 0
+
+
+def test_nothing_shipped_has_no_ratio_and_no_mass() -> None:
+    registry = CollectorRegistry()
+    DecodeMetrics(registry).observe_shipment("none", 100.0, 0, 4000, None)
+    assert registry.get_sample_value("packlight_decode_compression_ratio_count", {"recipe": "none"}) is None
+    assert registry.get_sample_value("packlight_decode_attention_mass_retained_count", {"recipe": "none"}) is None
+
+
+def test_two_engines_live_in_one_process() -> None:
+    first, second = CollectorRegistry(), CollectorRegistry()
+    DecodeMetrics(first).set_queue(5)
+    DecodeMetrics(second)
+    assert first.get_sample_value("packlight_decode_queued_requests") == 5
+    assert second.get_sample_value("packlight_decode_queued_requests") == 0
+
+
+@pytest.mark.parametrize("role", CATALOGUE)
+def test_names_follow_the_conventions(role: str) -> None:
+    for metric in CATALOGUE[role]:
+        assert re.fullmatch(r"[a-z][a-z_]*[a-z]", metric.name)
+        assert metric.help.endswith(".")
+        assert metric.buckets == tuple(sorted(set(metric.buckets)))
+        assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM)
+        assert not metric.name.endswith("_total")
+
+
+def test_every_metric_is_documented() -> None:
+    text = catalogue_markdown()
+    assert all(f"`{full_name(role, metric)}" in text for role, metrics in CATALOGUE.items() for metric in metrics)
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    stream = io.StringIO()
+    set_up_logging("info", stream)
+    yield stream
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_one_event_is_one_line(log: io.StringIO) -> None:
+    logging.getLogger("packlight.x").info("two\nlines\r and a \\")
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        logging.getLogger("packlight.x").exception("failed")
+    logging.getLogger("packlight.x").debug("not shown")
+    first, second = log.getvalue().splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO packlight\.x two\\nlines\\r and a \\\\", first)
+    assert "Traceback" in second
+    assert second.endswith("ValueError: broken")
+
+
+def test_setting_up_again_replaces(log: io.StringIO) -> None:
+    later = io.StringIO()
+    set_up_logging("error", later)
+    logging.getLogger("packlight.x").error("once")
+    assert log.getvalue() == ""
+    assert later.getvalue().count("once") == 1
