@@ -24,6 +24,7 @@ from packlight.core.errors import (
     ShipmentCorrupt,
     WorkerLost,
 )
+from packlight.core.rate import Rate
 from packlight.core.shipping import Accepted, FirstToken, PrefillClient, PrefillEvent, Shipped, compatibility_hash
 from packlight.core.types import (
     Failed,
@@ -80,7 +81,7 @@ class DecodeWorker:
         self._admitted: list[Task] = []
         self._stepping: list[Task] = []
         self._wake = asyncio.Event()
-        self._step_s = 0.0
+        self._steps = Rate()
         self.draining = False
 
     # ── the public side ──────────────────────────────────────────────────────────────────────────────────────────
@@ -138,7 +139,7 @@ class DecodeWorker:
             num_queued=len(self._queue),
             num_free_pages=self._reservations.num_free,
             num_total_pages=self._reservations.num_total,
-            step_s=self._step_s,
+            step_s=1 / self._steps.per_s if self._steps.per_s else 0.0,
         )
 
     def drain(self) -> None:
@@ -212,7 +213,7 @@ class DecodeWorker:
                 self._fail(task, token)
             else:
                 self._emit(task, token)
-        self._step_s = elapsed_s if not self._step_s else 0.8 * self._step_s + 0.2 * elapsed_s
+        self._steps.add(1, elapsed_s)
         self._metrics.observe_step(len(batch), elapsed_s)
         self._admit()
 

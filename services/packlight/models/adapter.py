@@ -146,7 +146,7 @@ def _prove(model: TransformersModel, *, num_heads: int, config: Any, device: str
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * spec.num_layers
     slides = "sliding_attention" in layer_types and getattr(config, "sliding_window", None)
     if slides and not any(used):
-        raise ModelError(f"its config.json has a sliding_window of {slides}, but its layers do not tell attention")
+        raise ModelError(f"sliding_window {slides} does not reach its attention (if it has no use for it, unset it)")
 
 
 def _model_class(folder: ModelFolder) -> Any:

@@ -20,7 +20,7 @@ from packlight.models.folder import read_json, sample_file, weight_files
 from packlight.models.support import refuse_unsupported
 from packlight.models.tokenizer import ChatTokenizer
 
-# What transformers assumes where a config.json is silent, for the families whose files on the hub are.
+# Only for the families whose files on the hub leave these out.
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen3": {"head_dim": 128},
@@ -41,7 +41,7 @@ def load_spec(folder: str | PathLike[str], *, name: str, dtype: str, max_context
     path = Path(folder)
     config = read_json(path / "config.json")
     refuse_unsupported(config, where=str(path))
-    config = _FAMILY_DEFAULTS.get(config["model_type"], {}) | config
+    config = with_family_defaults(config)
     num_heads = _positive(config, "num_attention_heads", path)
     head_dim = config.get("head_dim") or _positive(config, "hidden_size", path) // num_heads
     return ModelSpec(
@@ -56,6 +56,11 @@ def load_spec(folder: str | PathLike[str], *, name: str, dtype: str, max_context
         dtype=dtype,
         sliding_windows=sliding_windows(config),
     )
+
+
+def with_family_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` with what transformers assumes where it is silent. `null` is not silence: it means none."""
+    return _FAMILY_DEFAULTS.get(config["model_type"], {}) | dict(config)
 
 
 def fingerprint(folder: str | PathLike[str], dtype: str) -> str:

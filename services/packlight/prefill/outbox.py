@@ -7,11 +7,13 @@ once, with `Shipped` or an error.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 
 from packlight.core.errors import PacklightError
-from packlight.core.shipping import FirstToken, PrefillEvent, Shipped
+from packlight.core.rate import Rate
+from packlight.core.shipping import Chunk, FirstToken, PrefillEvent, Shipped
 
 
 class Outbox:
@@ -21,6 +23,7 @@ class Outbox:
         self._loop = asyncio.get_running_loop()
         self._events: deque[PrefillEvent | PacklightError] = deque()
         self._wake = asyncio.Event()
+        self.sent = Rate()
 
     def put_threadsafe(self, events: Iterable[PrefillEvent]) -> None:
         batch = tuple(events)
@@ -40,7 +43,10 @@ class Outbox:
                 event = self._events.popleft()
                 if isinstance(event, PacklightError):
                     raise event
-                yield event
+                started = time.perf_counter()
+                yield event  # comes back when the reader has passed it on: what it takes is the link's pace
+                if isinstance(event, Chunk):
+                    self.sent.add(len(event.data), time.perf_counter() - started)
                 if isinstance(event, Shipped):
                     return
             self._wake.clear()

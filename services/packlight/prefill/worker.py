@@ -29,6 +29,7 @@ from packlight.compress.recipes import CODECS, find_recipe
 from packlight.core.config import PrefillConfig
 from packlight.core.errors import Draining, InternalError, PacklightError, QueueFull, RequestNeverFits
 from packlight.core.hashing import PageHash, page_hashes
+from packlight.core.rate import Rate
 from packlight.core.shipping import Accepted, FirstToken, Manifest, PrefillEvent, Shipped, compatibility_hash
 from packlight.core.types import PrefillRequest, Token, WorkerLoad
 from packlight.engine.compute import Compute
@@ -86,7 +87,7 @@ class PrefillWorker:
         self._admitted: list[Task] = []
         self._shipping: set[Task] = set()
         self._wake = asyncio.Event()
-        self._tokens_per_s = 0.0
+        self._prefilled, self._shipped = Rate(), Rate()
         self.draining = False
 
     # ── the public side ──────────────────────────────────────────────────────────────────────────────────────────
@@ -124,7 +125,8 @@ class PrefillWorker:
             num_queued_tokens=sum(task.num_tokens - task.num_done for task in waiting),
             num_free_pages=self._book.num_free + self._book.num_cached,
             num_total_pages=self._book.num_pages,
-            tokens_per_s=self._tokens_per_s,
+            tokens_per_s=self._prefilled.per_s,
+            ship_bytes_per_s=self._shipped.per_s,
         )
 
     def drain(self) -> None:
@@ -351,6 +353,7 @@ class PrefillWorker:
         elif task.stage is Stage.PREFILLING:
             task.cancelled = True  # its step may be running: the next one begins by retiring it
         self._shipping.discard(task)
+        self._shipped.add(task.outbox.sent.amount, task.outbox.sent.elapsed_s)
         self._wake.set()
 
     def _count_failure(self, error: PacklightError) -> None:
@@ -372,5 +375,4 @@ class PrefillWorker:
     def _measure(self, plan: Sequence[ChunkPlan], elapsed_s: float) -> None:
         num_tokens = sum(chunk.end - chunk.start for chunk in plan)
         self._metrics.observe_step(len(plan), num_tokens, elapsed_s)
-        speed = num_tokens / max(elapsed_s, 1e-6)
-        self._tokens_per_s = speed if not self._tokens_per_s else 0.8 * self._tokens_per_s + 0.2 * speed
+        self._prefilled.add(num_tokens, elapsed_s)

@@ -33,14 +33,13 @@ class DecodeService(Protocol[Handle]):
 def decode_handler(worker: DecodeService[Handle]) -> grpc.GenericRpcHandler:
     """The service in front of `worker`."""
 
-    async def serve(
-        requests: AsyncIterator[decode_pb2.ClientMessage], context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[decode_pb2.StepMessage, None]:
+    # A coroutine that writes, not a generator: see `wire/prefill.py`.
+    async def serve(requests: AsyncIterator[decode_pb2.ClientMessage], context: grpc.aio.ServicerContext) -> None:
         connection = RouterConnection(worker)
         reader = asyncio.create_task(connection.read(requests))
         try:
             while (message := await connection.next_message()) is not None:
-                yield message
+                await context.write(message)
         finally:
             reader.cancel()
             connection.close()

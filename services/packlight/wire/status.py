@@ -13,13 +13,15 @@ from packlight.wire.messages import error_from_proto, error_to_proto
 from packlight.wire.v1 import common_pb2
 
 ERROR_KEY = "packlight-error-bin"
+MAX_MESSAGE_CHARS = 1000  # the message travels twice, and gRPC drops a call whose metadata exceeds 16 KiB
 
 
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
     """End the call with `error`. Does not return."""
     known = error if isinstance(error, PacklightError) else InternalError(f"unexpected {error!r}")
-    code = grpc.StatusCode[known.grpc_code]
-    await context.abort(code, known.message, ((ERROR_KEY, error_to_proto(known).SerializeToString()),))
+    whole = error_to_proto(known)
+    whole.message = whole.message[:MAX_MESSAGE_CHARS]
+    await context.abort(grpc.StatusCode[known.grpc_code], whole.message, ((ERROR_KEY, whole.SerializeToString()),))
 
 
 def error_of(call_error: grpc.aio.AioRpcError, *, worker_id: str) -> PacklightError:

@@ -171,7 +171,7 @@ def _rope(gguf: GGUFFile, head_dim: int) -> dict[str, Any]:
 
 def _llama3(gguf: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
     stored = gguf.load(ROPE_FACTORS)
-    guess = {"factor": float(stored.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    guess = {"factor": round(float(stored.max()), 3), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     original = 8192
     if not np.allclose(stored, _llama3_factors(theta, head_dim, original, **guess), rtol=1e-4):
         raise ModelError(f"{gguf.path}: its RoPE factors are not Llama 3's. Use the model's safetensors folder instead")

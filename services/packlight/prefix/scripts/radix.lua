@@ -33,8 +33,9 @@ end
 -- A server short of memory may have evicted one of the keys. The others are worthless then: start over, in a new epoch.
 local function open_index()
   local epoch = redis.call('HGET', META, 'epoch')
-  local num_parts = redis.call('EXISTS', EDGES, CLAIMS, LRU)
-  if not epoch or (num_parts ~= 0 and num_parts ~= 3) then
+  local num_nodes = redis.call('HLEN', EDGES)
+  local is_whole = num_nodes == redis.call('HLEN', CLAIMS) and num_nodes == redis.call('ZCARD', LRU)
+  if not epoch or not is_whole then
     redis.call('UNLINK', META, EDGES, CLAIMS, LRU)
     epoch = table.concat(redis.call('TIME'), '.')
     redis.call('HSET', META, 'epoch', epoch)
