@@ -1,4 +1,4 @@
-"""One suite for every way to reach a prefill worker: the worker itself, and a gRPC client of a real server on loopback."""
+"""One suite for every way to reach a prefill worker: the worker itself, and a gRPC client of a real server."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ async def test_many_at_once(reach):
 
 
 @asynccontextmanager
-async def bulky_worker() -> AsyncIterator[PrefillWorker]:
-    """Three pages of 6.4 MB each: a token stands for many, so little has to be computed to ship a lot."""
-    pool = KVPool(fake_spec(), num_blocks=6, page_size=400_000, dtype=torch.float32)
+async def bulky_worker(page_size: int = 400_000) -> AsyncIterator[PrefillWorker]:
+    """16 bytes per token, shipped in whole pages: little has to be computed to ship a lot."""
+    pool = KVPool(fake_spec(), num_blocks=3, page_size=page_size, dtype=torch.float32)
     runner = Runner(FakeModel(fake_spec(), bias=PREFILL_BIAS), pool, ReferenceAttention())
     compute = Compute()
     worker = PrefillWorker(PrefillConfig(), runner, compute, metrics=PrefillMetrics(CollectorRegistry()))
@@ -186,15 +186,8 @@ class Scripted:
     ids=lambda error: type(error).__name__,
 )
 async def test_errors_arrive_whole(reach, error, num_events):
-    received = []
-    with pytest.raises(PacklightError) as caught:
-        async with (
-            reach(Scripted([FirstToken(Token(1), 0)] * num_events, error)) as client,
-            aclosing(client.prefill(request_for(PROMPT))) as events,
-        ):
-            async for event in events:
-                received.append(event)
-    arrived = caught.value
+    async with reach(Scripted([FirstToken(Token(1), 0)] * num_events, error)) as client:
+        received, arrived = await received_and_raised(client)
     assert type(arrived) is type(error)
     assert arrived.message[:1000] == error.message[:1000]
     assert (arrived.param, arrived.code, arrived.retry_after_s, arrived.worker_id) == (
@@ -204,6 +197,17 @@ async def test_errors_arrive_whole(reach, error, num_events):
         error.worker_id,
     )
     assert len(received) == num_events
+
+
+async def received_and_raised(client: PrefillClient) -> tuple[list[PrefillEvent], PacklightError]:
+    received: list[PrefillEvent] = []
+    try:
+        async with aclosing(client.prefill(request_for(PROMPT))) as events:
+            async for event in events:
+                received.append(event)
+    except PacklightError as error:
+        return received, error
+    raise AssertionError("nothing was raised")
 
 
 async def test_an_exception_of_the_worker_is_an_internal_error():
@@ -312,7 +316,7 @@ async def test_a_slow_reader_holds_up_nobody_and_loses_nothing(reach):
 
 async def test_a_slow_reader_who_leaves_frees_the_worker(reach):
     """Over gRPC the server is waiting for room to write when the reader goes."""
-    async with bulky_worker() as worker, reach(worker) as client:
+    async with bulky_worker(page_size=2_000_000) as worker, reach(worker) as client:
         async with aclosing(client.prefill(request_for(PROMPT))) as slow:
             await anext(slow)
             await until(lambda: worker.num_unfinished == 1 and not worker._admitted)

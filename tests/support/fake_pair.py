@@ -1,4 +1,4 @@
-"""A prefill and a decode worker around the arithmetic model, in one process: real pages, attention, packing, shipping."""
+"""A prefill and a decode worker around the arithmetic model, in one process: all but the model is real."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ async def fake_pair(
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """Wait for something that happens on another thread or task."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - the conditions are many and belong to others
             await asyncio.sleep(0.001)
 
 

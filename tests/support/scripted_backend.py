@@ -18,6 +18,7 @@ from packlight.core.types import (
     GenerateEvent,
     GenerateRequest,
     KVUsage,
+    Progress,
     Timings,
     Token,
     Tokens,
@@ -118,6 +119,8 @@ class ScriptedBackend:
             self._note()
             match step:
                 case Say(token_ids=token_ids):
+                    if num_said == 0:
+                        yield Progress(request.request_id, Usage(request.num_prompt_tokens, NUM_CACHED, 0, KV, TIMINGS))
                     num_said += len(token_ids)
                     yield Tokens(request.request_id, tuple(self._token(request, token_id) for token_id in token_ids))
                 case End(reason=reason):

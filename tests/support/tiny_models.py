@@ -63,7 +63,7 @@ TINY_CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 class DenseAttention:
-    """An attention sink that follows the definition: each token of each sequence, one by one, in float32.
+    """An attention sink that follows the definition: every sequence alone, all scores, a mask, in float32.
 
     `lengths` are those of the sequences that lie one after the other in the flat batch."""
 
@@ -75,18 +75,16 @@ class DenseAttention:
     ) -> Tensor:
         num_groups = q_THD.shape[1] // k_TKD.shape[1]
         k_THD, v_THD = (tensor.float().repeat_interleave(num_groups, dim=1) for tensor in (k_TKD, v_TKD))
-        rows = []
-        for start, token in self._tokens():
-            first = start if sliding_window is None else max(start, token + 1 - sliding_window)
-            scores_SH = torch.einsum("hd,shd->sh", q_THD[token].float(), k_THD[first : token + 1]) * scale
-            rows.append(torch.einsum("sh,shd->hd", scores_SH.softmax(dim=0), v_THD[first : token + 1]))
-        return torch.stack(rows).to(q_THD.dtype)
+        sequences = zip(*(tensor.split(self._lengths) for tensor in (q_THD.float(), k_THD, v_THD)), strict=True)
+        return torch.cat([_attention(q, k, v, scale, sliding_window) for q, k, v in sequences]).to(q_THD.dtype)
 
-    def _tokens(self) -> Iterator[tuple[int, int]]:
-        start = 0
-        for length in self._lengths:
-            yield from ((start, token) for token in range(start, start + length))
-            start += length
+
+def _attention(q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, scale: float, window: int | None) -> Tensor:
+    """S tokens of one sequence: each sees itself and those before it, or the last `window` of them."""
+    age_SS = torch.arange(len(q_SHD))[:, None] - torch.arange(len(q_SHD))
+    hidden_SS = (age_SS < 0) | (age_SS >= (window or len(q_SHD)))
+    scores_HSS = torch.einsum("qhd,khd->hqk", q_SHD, k_SHD) * scale
+    return torch.einsum("hqk,khd->qhd", scores_HSS.masked_fill(hidden_SS, float("-inf")).softmax(dim=-1), v_SHD)
 
 
 def eager_model(family: str, *, seed: int = 0) -> Any:

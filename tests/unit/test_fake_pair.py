@@ -242,9 +242,7 @@ async def test_a_full_prefill_queue_fails_the_request_as_retryable():
     config = PrefillConfig(max_queue=1, max_prompts=1)
     async with fake_pair(prefill=config, prefill_blocks=3) as pair:
         pair.prefill_gate.is_open = False
-        tasks = [
-            asyncio.create_task(collect(pair.decode, make_request(PROMPT, request_id=str(i)))) for i in range(3)
-        ]
+        tasks = [asyncio.create_task(collect(pair.decode, make_request(PROMPT, request_id=str(i)))) for i in range(3)]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         _, event = next(iter(done)).result()
         assert isinstance(event, Failed)

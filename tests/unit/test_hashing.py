@@ -12,7 +12,10 @@ from packlight.core.hashing import HASH_BYTES, counter_uniform, page_hashes, roo
 def test_vectors():
     hashes = page_hashes(list(range(8)), 4, fingerprint="model", salt="tenant")
     assert root_hash("model", 4, "tenant").hex() == "76023104172dd141bb48e78d392d9417"
-    assert [page_hash.hex() for page_hash in hashes] == ["dba32ccda5a2f774221e5da8546e796f", "944d002121f37dd4a9f08069b366948e"]
+    assert [page_hash.hex() for page_hash in hashes] == [
+        "dba32ccda5a2f774221e5da8546e796f",
+        "944d002121f37dd4a9f08069b366948e",
+    ]
 
 
 def test_is_the_written_specification():
@@ -25,7 +28,9 @@ def test_is_the_written_specification():
 def test_a_hash_names_the_whole_prefix(tokens, page_size, changed):
     hashes = page_hashes(tokens, page_size, fingerprint="m")
     assert len(hashes) == len(tokens) // page_size
-    assert page_hashes(tokens[: len(tokens) // 2], page_size, fingerprint="m") == hashes[: len(tokens) // 2 // page_size]
+    assert (
+        page_hashes(tokens[: len(tokens) // 2], page_size, fingerprint="m") == hashes[: len(tokens) // 2 // page_size]
+    )
     if changed < len(tokens):
         other = list(tokens)
         other[changed] ^= 1

@@ -14,6 +14,7 @@ from packlight.core.types import (
     KVUsage,
     PackSpec,
     PrefillRequest,
+    Progress,
     SamplingParams,
     StopRules,
     Timings,
@@ -85,6 +86,7 @@ def test_an_event_of_another_release_is_incompatible():
     "event",
     [
         Tokens("r", (Token(1), Token(2, -1.5, ((2, -1.5),)))),
+        Progress("r", USAGE),
         Finished("r", FinishReason.LENGTH, USAGE),
         Finished("r", FinishReason.STOP, Usage(1, 0, 1)),
     ],

@@ -5,7 +5,7 @@ Knows what a request, an answer event and a usage report are. Does not know HTTP
 Life of a request, and the events that report it:
 
     router ── GenerateRequest ──▶ decode worker ── PrefillRequest ──▶ prefill worker
-    router ◀── Tokens ... Tokens, then exactly one of Finished | Failed ── decode worker
+    router ◀── Tokens and Progress ..., then exactly one of Finished | Failed ── decode worker
 """
 
 from __future__ import annotations
@@ -195,6 +195,15 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """What is known of the usage so far: with the first token, and again when the KV has arrived. So a reader that
+    stops early (a stop string) still has it."""
+
+    request_id: RequestId
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The answer is complete. Terminal."""
 
@@ -211,7 +220,12 @@ class Failed:
     error: PacklightError
 
 
-GenerateEvent = Tokens | Finished | Failed
+GenerateEvent = Tokens | Progress | Finished | Failed
+
+
+def is_terminal(event: GenerateEvent) -> bool:
+    """Whether nothing follows `event`."""
+    return isinstance(event, Finished | Failed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,9 +33,11 @@ from packlight.core.types import (
     GenerateEvent,
     GenerateRequest,
     PrefillRequest,
+    Progress,
     Token,
     Tokens,
     WorkerLoad,
+    is_terminal,
 )
 from packlight.decode.admission import Reservations, check_fits, pages_needed
 from packlight.decode.intake import Intake
@@ -101,7 +103,7 @@ class DecodeWorker:
             while True:
                 event = await events.get()
                 yield event
-                if not isinstance(event, Tokens):
+                if is_terminal(event):
                     return
         finally:
             self.cancel(task)
@@ -281,6 +283,7 @@ class DecodeWorker:
             case FirstToken():
                 task.first_token_s = self._clock()
                 task.num_cached_tokens = event.num_cached_tokens
+                task.sink(Progress(task.request.request_id, task.usage()))
                 self._emit(task, event.token)
             case Shipped():
                 intake.finish(event)
@@ -307,6 +310,7 @@ class DecodeWorker:
             shipped.exact_bytes,
             shipped.retained_mass,
         )
+        task.sink(Progress(task.request.request_id, task.usage()))
         self._wake.set()
 
     def _prefill_request(self, request: GenerateRequest) -> PrefillRequest:

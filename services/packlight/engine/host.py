@@ -110,20 +110,28 @@ class WorkerProcess:
         self._registry, self._environ, self._also = registry, environ, also
 
     async def serve(
-        self, stop: asyncio.Event, on_progress: Callable[[str], None], *beside: Coroutine[Any, Any, None]
+        self, stop: asyncio.Event, on_progress: Callable[[str], None], *beside: Callable[[], Coroutine[Any, Any, None]]
     ) -> None:
-        server, port = await start_server([self._handler], self._section.host, self._section.port)
+        """Also runs `beside`. Raises StartupError if a port cannot be had."""
+        server, port = await self._listen()
         heart = self._heart(advertised_address(self._section, port, self._environ))
-        self._expose_metrics()
-        on_progress(f"{self._role} worker {self._identity[0]} is ready on {self._section.host}:{port}")
         try:
+            metrics = self._expose_metrics()
+            on_progress(f"{self._role} worker {self._identity[0]} is ready on {self._section.host}:{port}{metrics}")
             ended = asyncio.Event()
             drain = self._drain_when(stop, ended, heart)
-            await run_until(ended, self._worker.run(), heart.run(), drain, *beside)
+            await run_until(ended, self._worker.run(), heart.run(), drain, *(part() for part in beside))
         finally:
             await heart.stop()
             await server.stop(grace=1.0)
             await self._fleet.close()
+
+    async def _listen(self) -> tuple[grpc.aio.Server, int]:
+        try:
+            return await start_server([self._handler], self._section.host, self._section.port)
+        except StartupError as error:
+            hint = f"Choose another --set {self._role}.port=..., or 0 for a free one"
+            raise StartupError(f"{error.message}. {hint}") from None
 
     async def _drain_when(self, stop: asyncio.Event, ended: asyncio.Event, heart: Heart) -> None:
         await stop.wait()
@@ -145,11 +153,16 @@ class WorkerProcess:
             also=self._also,
         )
 
-    def _expose_metrics(self) -> None:
+    def _expose_metrics(self) -> str:
+        """What to say of it: where the metrics are, port 0 being a free one. Served until the process ends."""
         if self._section.metrics_port is None:
-            return
+            return ""
+        host = self._section.host
         try:
-            start_http_server(self._section.metrics_port, addr=self._section.host, registry=self._registry)
+            server, _ = start_http_server(self._section.metrics_port, addr=host, registry=self._registry)
         except OSError as error:
-            where = f"{self._role}.metrics_port {self._section.metrics_port}"
-            raise StartupError(f"cannot serve metrics on {where}: {error}") from None
+            raise StartupError(
+                f"cannot serve metrics on {host}:{self._section.metrics_port}: {error.strerror}. "
+                f"Choose another --set {self._role}.metrics_port=..."
+            ) from None
+        return f", metrics on http://{host}:{server.server_port}/metrics"

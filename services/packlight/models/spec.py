@@ -26,7 +26,7 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 128},
     "gemma3_text": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
 }
-_USES_WINDOW_BY_DEFAULT = re.compile(r"(?!qwen[23])")
+_WINDOW_IS_OFF_UNLESS_SAID = ("qwen2", "qwen3", "smollm3")
 _EVERY_LAYER_SLIDES = frozenset({"mistral", "mixtral", "ministral3", "phi3", "starcoder2", "qwen3_moe", "olmoe"})
 _LATER_LAYERS_SLIDE = frozenset({"qwen2", "qwen3"})
 _EVERY_NTH_IS_FULL = {"gemma3_text": 6, "cohere2": 4, "olmo3": 4}
@@ -81,7 +81,7 @@ def sliding_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
 
     A window that the family is not known to use is ignored here; the adapter's proof at load compares."""
     family, num_layers = config["model_type"], config["num_hidden_layers"]
-    enabled = config.get("use_sliding_window", _USES_WINDOW_BY_DEFAULT.match(family) is not None)
+    enabled = config.get("use_sliding_window", not family.startswith(_WINDOW_IS_OFF_UNLESS_SAID))
     window = config.get("sliding_window") if enabled else None
     return tuple(window if window and _slides(config, layer) else None for layer in range(num_layers))
 

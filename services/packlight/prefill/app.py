@@ -56,7 +56,7 @@ async def serve(
         also=publisher.beat,
     )
     try:
-        await process.serve(stop, on_progress, publisher.run())
+        await process.serve(stop, on_progress, publisher.run)
     finally:
         await index.close()
         compute.close()

@@ -1,7 +1,8 @@
 """Telling the fleet-wide prefix index what this worker's radix cache holds.
 
 Knows what was stored and what was lost, in order. One task sends it, so the worker never waits for the index; when the
-index lost its memory (its epoch changed), everything is told again.
+index lost its memory (its epoch changed), everything is told again. When the index is slower than the worker for too
+long, what waits is thrown away, and with the next heartbeat the index is made to forget and is told everything again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Publisher:
     ) -> None:
         self._index, self._fingerprint, self._holder, self._inventory = index, fingerprint, holder, inventory
         self._pending: deque[Eviction] = deque()
+        self._most_pending = MAX_PENDING
+        self._is_behind = False
         self._wake = asyncio.Event()
         self._epoch: int | None = None
 
@@ -42,12 +45,12 @@ class Publisher:
 
     async def beat(self) -> None:
         """With every heartbeat: ask whether the index still knows us, and start over if it does not."""
+        if self._is_behind:
+            await self._index.drop_worker(self._fingerprint, self._holder.worker_id, self._holder.generation)
         epoch = await self._index.enroll(self._fingerprint, self._holder)
         if epoch != self._epoch:
             self._epoch = epoch
-            self._pending.clear()
-            for hashes in self._inventory():
-                self.stored(hashes)
+            self._start_over()
 
     async def run(self) -> None:
         while True:
@@ -62,10 +65,17 @@ class Publisher:
         else:
             await self._index.remove(self._fingerprint, self._holder, change.hashes, change.keep)
 
+    def _start_over(self) -> None:
+        # What waits stays in front of the inventory: it may withdraw a claim that is on its way.
+        self._pending.extend(Eviction(hashes, keep=len(hashes)) for hashes in self._inventory())
+        self._most_pending = len(self._pending) + MAX_PENDING
+        self._is_behind = False
+        self._wake.set()
+
     def _push(self, change: Eviction) -> None:
-        if len(self._pending) >= MAX_PENDING:  # the index is slower than we are: start over at the next heartbeat
+        if len(self._pending) >= self._most_pending:
             self._pending.clear()
-            self._epoch = None
+            self._is_behind = True
             return
         self._pending.append(change)
         self._wake.set()

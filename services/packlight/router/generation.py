@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Self
 
 from packlight.core.errors import InternalError
-from packlight.core.types import Failed, Finished, GenerateEvent, Tokens
+from packlight.core.types import Failed, Finished, GenerateEvent, Progress, Tokens
 from packlight.router.choice import Choice, Delta
 from packlight.router.service import Backend
 
@@ -65,7 +65,9 @@ class Generation:
         try:
             async with aclosing(self._backend.generate(choice.request)) as events:
                 async for event in events:
-                    await self._queue.put(self._fold(choice, event))
+                    delta = self._fold(choice, event)
+                    if delta is not None:
+                        await self._queue.put(delta)
                     if choice.finish_reason is not None:
                         return
             raise InternalError("the backend ended an answer without Finished or Failed")
@@ -73,8 +75,11 @@ class Generation:
             if not self._left:
                 await self._queue.put(error)
 
-    def _fold(self, choice: Choice, event: GenerateEvent) -> Delta:
+    def _fold(self, choice: Choice, event: GenerateEvent) -> Delta | None:
         match event:
+            case Progress(usage=usage):
+                choice.usage = usage
+                return None
             case Tokens(tokens=tokens):
                 return choice.push(tokens, self._clock())
             case Finished():

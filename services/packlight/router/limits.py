@@ -1,6 +1,6 @@
 """The gate: how many requests are in the house, and whether another may come in.
 
-Knows counts and time. Does not know HTTP. A request holds a slot from before its body is read until its last byte is
+Knows counts and time. Does not know HTTP. A request holds a slot from before its body is read until its answer is
 sent; a request for n choices holds n.
 """
 

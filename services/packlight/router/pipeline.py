@@ -106,7 +106,8 @@ class Pipeline:
         return Readiness(bool(hashes[0] & hashes[1]), details)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
-        """The events of one answer, whatever number of workers it takes."""
+        """The events of one answer, whatever number of workers it takes. When no worker is left to try, the error of
+        the last one tried says more than that."""
         started, avoid = self._clock(), frozenset[WorkerId]()
         generated: list[int] = []
         error: PacklightError | None = None
@@ -114,8 +115,12 @@ class Pipeline:
             now = self._resumed(request, generated, attempt, self._clock() - started)
             try:
                 pair = await self._place(now, avoid)
-            except NoWorker as missing:
-                raise error or missing from None
+            except NoWorker:
+                if error is None:
+                    raise
+                break
+            if error is not None:
+                self._metrics.count_retry(type(error).__name__)
             async with aclosing(self._attempt(now, pair)) as events:
                 async for event in events:
                     if isinstance(event, Failed):
@@ -126,11 +131,10 @@ class Pipeline:
                     yield replace(event, request_id=request.request_id)
                 else:
                     return
+            log.warning("%s: attempt %d failed: %s", request.request_id, attempt + 1, error.message)
             avoid |= {self._blame(error, pair)}
             if not error.retryable:
                 break
-            log.warning("%s: attempt %d failed: %s", request.request_id, attempt + 1, error.message)
-            self._metrics.count_retry(type(error).__name__)
         assert error is not None
         yield Failed(request.request_id, error)
 

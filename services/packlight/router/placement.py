@@ -2,8 +2,9 @@
 
 A prefill worker is judged by the predicted time to first token: the tokens that wait there, then the prompt's tokens
 that it has not cached, at its measured speed, then the shipment at its measured bandwidth. A decode worker is judged by
-how much of its packed pages and of its batch the request would find taken. Among near-ties the choice is random, so
-that routers that see the same state do not all pick the same worker.
+how much of its packed pages and of its batch the request would find taken. Among near-ties the longest cached prefix
+wins, so that a prefix does not spread over all caches; then the choice is random, so that routers that see the same
+state do not all pick the same worker.
 """
 
 from __future__ import annotations
@@ -60,9 +61,11 @@ def place(
     paired = [worker for worker in prefills if worker.compatibility in hashes]
     if not paired:
         raise NoWorker(_what_is_missing(prefills, decodes), retry_after_s=1.0)
-    prefill = _pick({worker: predict_ttft_s(worker, demand, outlook) for worker in paired}, random)
+    near = _near_ties({worker: predict_ttft_s(worker, demand, outlook) for worker in paired})
+    longest = max(cached_tokens(worker, demand, outlook) for worker in near)
+    prefill = random.choice([worker for worker in near if cached_tokens(worker, demand, outlook) == longest])
     partners = [worker for worker in decodes if worker.compatibility == prefill.compatibility]
-    decode = _pick({worker: decode_cost(worker, demand, outlook) for worker in partners}, random)
+    decode = random.choice(_near_ties({worker: decode_cost(worker, demand, outlook) for worker in partners}))
     return Pair(prefill, decode, cached_tokens(prefill, demand, outlook), predict_ttft_s(prefill, demand, outlook))
 
 
@@ -89,10 +92,9 @@ def decode_cost(worker: WorkerInfo, demand: Demand, outlook: Outlook) -> float:
     return ahead + must_wait + (1.0 - free / max(1, load.num_total_pages))
 
 
-def _pick(costs: dict[WorkerInfo, float], random: Random) -> WorkerInfo:
+def _near_ties(costs: dict[WorkerInfo, float]) -> list[WorkerInfo]:
     best = min(costs.values())
-    near = [worker for worker, cost in costs.items() if cost <= max(best * NEAR_TIE, best + NEAR_TIE_S)]
-    return random.choice(near)
+    return [worker for worker, cost in costs.items() if cost <= max(best * NEAR_TIE, best + NEAR_TIE_S)]
 
 
 def _what_is_missing(prefills: Sequence[WorkerInfo], decodes: Sequence[WorkerInfo]) -> str:

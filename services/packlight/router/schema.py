@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from packlight.router.wording import PRINTABLE_NAME
+
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=1)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
@@ -43,10 +45,12 @@ def _as_text(content: Any) -> Any:
 
 
 def _plain_options(options: Any) -> Any:
-    """Only short scalars, so that an error about an option can say its value."""
+    """Only plain names and short scalars, so that an error about an option can say them."""
     for name, value in options.items() if isinstance(options, dict) else ():
+        if not PRINTABLE_NAME.fullmatch(name):
+            raise fault("unknown_parameter", "It has an option that does not exist.")
         if not isinstance(value, bool | int | float | str) or (isinstance(value, str) and len(value) > 64):
-            raise fault("invalid_type", "Expected a number or a short string.", name[:64])
+            raise fault("invalid_type", "Expected a number or a short string.", name)
     return options
 
 

@@ -25,7 +25,7 @@ class Backend(Protocol):
     """What stands behind the HTTP API. One method makes answers, one says whether it can."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
-        """The events of one answer: `Tokens` ..., then exactly one of `Finished` | `Failed`.
+        """The events of one answer: `Tokens` and `Progress` ..., then exactly one of `Finished` | `Failed`.
 
         Closing the generator (`aclose`, or cancelling the task that awaits it) cancels everything behind it. Raises
         PacklightError before the first event when the request cannot be started (queue full, no worker, ...)."""

@@ -1,8 +1,7 @@
 """The `usage` of an answer: what was read, written and shipped for it.
 
 Knows token counts and what packing reported. Prompt tokens count once per prompt, not once per choice. The `kv` object
-is an extension of OpenAI's schema; it is null when no choice ran to its end (a stop string closes the stream that
-would have brought the report).
+is an extension of OpenAI's schema; after a stop string, which ends the answer early, it says what was known by then.
 """
 
 from __future__ import annotations

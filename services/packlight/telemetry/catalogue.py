@@ -103,8 +103,14 @@ DECODE = (
     _counter("generated_tokens", "Tokens generated here."),
     _counter("local_prefills", "Prompts prefilled here instead of on a prefill worker, by reason.", "reason"),
     _histogram("batch_size", BATCH, "Requests in one step."),
-    _histogram("transfer_seconds", PHASE_S, "Time from the first token's arrival to the last page's: what shipping did not hide."),
-    _histogram("first_step_seconds", PHASE_S, "Time from the last page's arrival to the second token, the first made here."),
+    _histogram(
+        "transfer_seconds",
+        PHASE_S,
+        "Time from the first token's arrival to the last page's: what shipping did not hide.",
+    ),
+    _histogram(
+        "first_step_seconds", PHASE_S, "Time from the last page's arrival to the second token, the first made here."
+    ),
 )
 
 CATALOGUE: Mapping[str, tuple[Metric, ...]] = MappingProxyType(

@@ -13,8 +13,8 @@ from typing import Protocol, TypeVar
 
 import grpc
 
-from packlight.core.errors import PacklightError, WorkerLost
-from packlight.core.types import Failed, GenerateEvent, GenerateRequest, RequestId, Tokens, WorkerId
+from packlight.core.errors import InternalError, PacklightError, WorkerLost
+from packlight.core.types import Failed, GenerateEvent, GenerateRequest, RequestId, WorkerId, is_terminal
 from packlight.wire.messages import event_from_proto, event_to_proto, generate_from_proto, generate_to_proto
 from packlight.wire.status import error_of
 from packlight.wire.v1 import decode_pb2
@@ -91,6 +91,8 @@ class RouterConnection:
             handle = self._worker.submit(request, self._emit)
         except PacklightError as error:
             self._emit(Failed(request.request_id, error))
+        except Exception as error:  # must not cost the other requests their stream
+            self._emit(Failed(request.request_id, InternalError(f"submitting failed: {error!r}")))
         else:
             self._handles[request.request_id] = handle
 
@@ -100,7 +102,7 @@ class RouterConnection:
             self._worker.cancel(handle)
 
     def _emit(self, event: GenerateEvent) -> None:
-        if not isinstance(event, Tokens):
+        if is_terminal(event):
             self._handles.pop(event.request_id, None)
         self._pending.append(event_to_proto(event))
         self._wake.set()
@@ -123,7 +125,7 @@ class GrpcDecodeClient:
             while True:
                 event = await events.get()
                 yield event
-                if not isinstance(event, Tokens):
+                if is_terminal(event):
                     return
         finally:
             stream.forget(request.request_id)
@@ -187,6 +189,6 @@ class ClientStream:
         events = self._requests.get(event.request_id)
         if events is None:
             return
-        if not isinstance(event, Tokens):
+        if is_terminal(event):
             del self._requests[event.request_id]
         events.put_nowait(event)

@@ -19,6 +19,7 @@ from packlight.core.types import (
     KVUsage,
     PackSpec,
     PrefillRequest,
+    Progress,
     SamplingParams,
     StopRules,
     Timings,
@@ -259,6 +260,8 @@ def event_to_proto(event: GenerateEvent) -> decode_pb2.Event:
         case Tokens():
             tokens = decode_pb2.Tokens(tokens=[token_to_proto(token) for token in event.tokens])
             return decode_pb2.Event(request_id=event.request_id, tokens=tokens)
+        case Progress():
+            return decode_pb2.Event(request_id=event.request_id, progress=usage_to_proto(event.usage))
         case Finished():
             finished = decode_pb2.Finished(reason=event.reason.value, usage=usage_to_proto(event.usage))
             return decode_pb2.Event(request_id=event.request_id, finished=finished)
@@ -270,6 +273,8 @@ def event_from_proto(message: decode_pb2.Event) -> GenerateEvent:
     match message.WhichOneof("event"):
         case "tokens":
             return Tokens(message.request_id, tuple(token_from_proto(token) for token in message.tokens.tokens))
+        case "progress":
+            return Progress(message.request_id, usage_from_proto(message.progress))
         case "finished":
             reason = FinishReason(message.finished.reason)
             return Finished(message.request_id, reason, usage_from_proto(message.finished.usage))

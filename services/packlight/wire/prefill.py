@@ -25,8 +25,8 @@ SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
 def prefill_handler(worker: PrefillClient) -> grpc.GenericRpcHandler:
     """The service in front of `worker`."""
 
-    # A coroutine that writes, not a generator: a call that ends while a write waits for room is cancelled *here*, so the
-    # worker's iterator is closed at once; a generator would be left to the garbage collector.
+    # A coroutine that writes, not a generator: a call that ends while a write waits for room is cancelled *here*, so
+    # the worker's iterator is closed at once; a generator would be left to the garbage collector.
     async def serve(data: bytes, context: grpc.aio.ServicerContext) -> None:
         try:
             request = prefill_from_proto(prefill_pb2.PrefillRequest.FromString(data))

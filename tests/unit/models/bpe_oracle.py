@@ -1,7 +1,7 @@
 """Byte-pair encoding written from its definition, to check tokenizers against. Slow and obvious.
 
 Knows pre-tokenizers as lists of regular expressions applied one after the other, each splitting every piece further,
-which is how llama.cpp describes them."""
+which is how llama.cpp describes them. Bytes that the vocabulary cannot spell are dropped."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class BpeOracle:
         return [self._ids[symbol] for piece in pieces for symbol in self._symbols(piece)]
 
     def _symbols(self, piece: str) -> list[str]:
-        symbols = [_spell(byte) for byte in piece.encode()]
+        symbols = [symbol for symbol in map(_spell, piece.encode()) if symbol in self._ids]
         if self._ignore_merges and "".join(symbols) in self._ids:
             return ["".join(symbols)]
         while len(symbols) > 1:

@@ -71,6 +71,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"logit_bias": {"364": 1}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5", "decimal_above_max_value"),
+    ({"logit_bias": {"secret-word\n": 101}}, "logit_bias", "decimal_above_max_value"),
     ({"logit_bias": [1]}, "logit_bias", "invalid_type"),
     ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "integer_above_max_value"),
@@ -93,6 +94,9 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"kv": {"recipe": ["secret-word"]}}, "kv.recipe", "invalid_type"),
     ({"kv": {"recipe": "snapkv", "budget": 0}}, "kv.budget", "invalid_value"),
     ({"kv": {"recipe": "snapkv", "speed": 1}}, "kv.speed", "invalid_value"),
+    ({"kv": {"secret-word\n": 1}}, "kv", "unknown_parameter"),
+    ({"kv": {"recipe": "s" * 65}}, "kv.recipe", "invalid_type"),
+    ({"chat_template_kwargs": {"secret-word\n": 1}}, "chat_template_kwargs", "unsupported_parameter"),
     ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs.tokenize", "unsupported_parameter"),
     ({"prompt_cache_options": {"mode": "secret-word"}}, "prompt_cache_options.mode", "invalid_value"),
     ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
@@ -213,6 +217,16 @@ async def test_too_long_an_answer_says_both_numbers() -> None:
         f"This model's maximum context length is 64 tokens. However, you requested {num_tokens + 60} tokens "
         f"({num_tokens} in the messages, 60 in the completion). Please reduce the length of the messages or completion."
     )
+
+
+async def test_the_context_may_be_filled_to_the_last_token() -> None:
+    num_left = 64 - len(tokens_of("one"))
+    for limits, status in (({"max_tokens": num_left}, 200), ({"max_tokens": num_left + 1}, 400)):
+        assert (await Harness(one_by_one([80]), max_context=64).chat("one", **limits)).status_code == status
+    fits, one_more = [5] * 63, [5] * 64
+    for prompt, status in ((fits, 200), (one_more, 400)):
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": 1}
+        assert (await Harness(one_by_one([80]), max_context=64).post(COMPLETIONS, body)).status_code == status
 
 
 async def test_a_text_that_cannot_fit_is_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
