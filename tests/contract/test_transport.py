@@ -1,7 +1,7 @@
 """Every KV transport: bytes equal, one terminal state, and no foreign byte believed.
 
 The sender and the receiver are joined by the link they are made for: in-process frames stay objects, all others pass
-through the bytes of the prefill stream. Peer death and timeouts are the stream's: `tests/contract/test_prefill_client.py`.
+through the bytes of the prefill stream. Peer death and timeouts are the stream's: see `test_prefill_client.py`.
 """
 
 import pytest

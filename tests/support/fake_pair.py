@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from packlight.attention.reference import ReferenceAttention
 from packlight.core.config import DecodeConfig, PrefillConfig
 from packlight.core.shipping import PrefillClient
-from packlight.core.types import Finished, GenerateRequest, PackSpec, SamplingParams, StopRules, Tokens
+from packlight.core.types import Finished, GenerateRequest, PackSpec, SamplingParams, StopRules, Tokens, is_terminal
 from packlight.decode.worker import DecodeWorker
 from packlight.engine.compute import Compute
 from packlight.engine.runner import Runner
@@ -163,7 +163,7 @@ async def collect(worker, request):
     async for event in worker.generate(request):
         if isinstance(event, Tokens):
             tokens.extend(token.token_id for token in event.tokens)
-        else:
+        elif is_terminal(event):
             return tokens, event
     raise AssertionError("no terminal event")
 

@@ -1,4 +1,4 @@
-"""Prefill and decode together, with answers worked out by hand: batching, prefix hits, packing, cancellation, overload."""
+"""Prefill and decode together, with answers worked out by hand: batching, prefix hits, packing, ends, failures."""
 
 import asyncio
 from contextlib import aclosing

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
+import grpc
+
 from packlight.core.types import GenerateEvent, GenerateRequest, WorkerId, WorkerInfo
-from packlight.wire.channel import Channels
+from packlight.wire.channel import open_channel
 from packlight.wire.decode import GrpcDecodeClient
 
 
@@ -31,19 +33,28 @@ class LocalDecodeClients:
 
 
 class GrpcDecodeClients:
-    """Workers of other processes, by address."""
+    """Workers of other processes. Each life of a worker has a connection of its own, so that one which starts again is
+    not held back by the failures of the one before."""
 
     def __init__(self) -> None:
-        self._channels = Channels()
-        self._clients: dict[str, GrpcDecodeClient] = {}
+        self._clients: dict[tuple[WorkerId, int], tuple[GrpcDecodeClient, grpc.aio.Channel]] = {}
 
     def get(self, worker: WorkerInfo) -> DecodeClient:
-        if worker.address not in self._clients:
-            channel = self._channels.get(worker.address)
-            self._clients[worker.address] = GrpcDecodeClient(channel, worker.worker_id)
-        return self._clients[worker.address]
+        life = (worker.worker_id, worker.generation)
+        if life not in self._clients:
+            channel = open_channel(worker.address)
+            self._clients[life] = (GrpcDecodeClient(channel, worker.worker_id), channel)
+        return self._clients[life][0]
+
+    async def forget(self, worker: WorkerInfo) -> None:
+        """The worker is off the board. If it was only silent, its answers in progress go on."""
+        client, channel = self._clients.pop((worker.worker_id, worker.generation), (None, None))
+        if client is not None and channel is not None and client.is_idle:
+            await client.close()
+            await channel.close()
 
     async def close(self) -> None:
-        for client in self._clients.values():
+        for client, channel in self._clients.values():
             await client.close()
-        await self._channels.close()
+            await channel.close()
+        self._clients.clear()

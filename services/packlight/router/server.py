@@ -82,9 +82,11 @@ async def serve(
     index = build_index(config.index, environ, time.monotonic)
     fleet = build_fleet(config.fleet, environ, time.monotonic)
     opened = open_model(config.model, on_progress=on_progress)
+    clients = GrpcDecodeClients()
 
     async def forget(worker: WorkerInfo) -> None:
         await index.drop_worker(worker.fingerprint, worker.worker_id, worker.generation)
+        await clients.forget(worker)
 
     view = FleetView(
         fleet,
@@ -93,7 +95,6 @@ async def serve(
         clock=time.monotonic,
         on_vanished=forget,
     )
-    clients = GrpcDecodeClients()
     metrics = RouterMetrics(CollectorRegistry())
     pipeline = Pipeline(config.router, opened.spec, index, view, clients, metrics)
     app = build_app(config, ServedModel(opened.spec, opened.tokenizer), pipeline, metrics)

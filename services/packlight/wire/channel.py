@@ -32,6 +32,11 @@ CLIENT = [
 SERVER = [*COMMON, ("grpc.http2.min_ping_interval_without_data_ms", 500), ("grpc.so_reuseport", 0)]
 
 
+def open_channel(address: str) -> grpc.aio.Channel:
+    """Connects with the first call."""
+    return grpc.aio.insecure_channel(address, options=CLIENT)
+
+
 class Channels:
     """The channels of one process, by address."""
 
@@ -40,7 +45,7 @@ class Channels:
 
     def get(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=CLIENT)
+            self._channels[address] = open_channel(address)
         return self._channels[address]
 
     async def close(self) -> None:

@@ -130,6 +130,11 @@ class GrpcDecodeClient:
         finally:
             stream.forget(request.request_id)
 
+    @property
+    def is_idle(self) -> bool:
+        """No request is in progress."""
+        return self._stream is None or self._stream.is_idle
+
     async def close(self) -> None:
         if self._stream is not None:
             await self._stream.close()
@@ -150,6 +155,10 @@ class ClientStream:
         self._call = method(self._messages())
         self._reader = asyncio.create_task(self._read())
         self.lost = False
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._requests
 
     def submit(self, request: GenerateRequest) -> asyncio.Queue[GenerateEvent]:
         events: asyncio.Queue[GenerateEvent] = asyncio.Queue()
