@@ -27,6 +27,7 @@ from packlight.core.types import (
     FinishReason,
     GenerateEvent,
     GenerateRequest,
+    Progress,
     SamplingParams,
     StopRules,
     Tokens,
@@ -71,9 +72,15 @@ async def begin(
 ) -> AsyncGenerator[GenerateEvent, None]:
     """An answer that is under way: `num_tokens` have been read."""
     events = client.generate(request)
-    for _ in range(num_tokens):
-        assert isinstance(await anext(events), Tokens)
+    while num_tokens:
+        num_tokens -= isinstance(await anext(events), Tokens)
     return events
+
+
+async def rest_of(events: AsyncGenerator[GenerateEvent, None]) -> tuple[list[int], GenerateEvent]:
+    """The tokens that are still to come, and the terminal event."""
+    rest = [event async for event in events]
+    return [token.token_id for event in rest if isinstance(event, Tokens) for token in event.tokens], rest[-1]
 
 
 # ── what arrives ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -86,7 +93,7 @@ async def test_tokens_one_by_one_then_the_end(reach):
         aclosing(client.generate(make_request(PROMPT))) as all_,
     ):
         events = [event async for event in all_]
-    *tokens, end = events
+    *tokens, end = [event for event in events if not isinstance(event, Progress)]
     assert [event.tokens[0].token_id for event in tokens] == fake_answer(PROMPT, 8)
     assert all(isinstance(event, Tokens) and event.request_id == "r" for event in tokens)
     assert isinstance(end, Finished)
@@ -104,7 +111,7 @@ async def test_log_probabilities_and_stop_rules_cross(reach):
         stop=StopRules(8, stop_token_ids=(fake_answer(PROMPT, 3)[2],)),
     )
     async with fake_pair() as pair, reach(pair.decode) as client, aclosing(client.generate(request)) as all_:
-        events = [event async for event in all_]
+        events = [event async for event in all_ if not isinstance(event, Progress)]
     assert events[-1].reason is FinishReason.STOP
     assert len(events) == 4
     for event in events[:3]:
@@ -131,9 +138,9 @@ async def test_a_reader_that_pauses_misses_nothing_and_holds_up_nobody(reach):
         slow = await begin(client, make_request(PROMPT, 300, request_id="slow"))
         assert await answer(client, make_request(PROMPT, request_id="quick")) == fake_answer(PROMPT, 8)
         await until(lambda: pair.decode.num_unfinished == 0)
-        received = [event async for event in slow]
-    assert [event.tokens[0].token_id for event in received[:-1]] == fake_answer(PROMPT, 300)[1:]
-    assert isinstance(received[-1], Finished)
+        tokens, end = await rest_of(slow)
+    assert tokens == fake_answer(PROMPT, 300)[1:]
+    assert isinstance(end, Finished)
 
 
 async def test_requests_larger_than_grpcs_message_limit(reach):
@@ -168,8 +175,7 @@ async def test_a_step_costs_one_message_whatever_the_batch():
         sizes = []
         while any(len(tokens) < num_tokens for tokens in answers.values()):
             message = await call.read()
-            sizes.append(len(message.events))
-            read_into(answers, message)
+            sizes.append(read_into(answers, message))
             pair.decode_gate.permits.release()
         pair.decode_gate.let_all()
         call.cancel()
@@ -186,11 +192,14 @@ def open_stream(channel: grpc.aio.Channel) -> grpc.aio.StreamStreamCall:
     )()
 
 
-def read_into(answers: dict[str, list[int]], message: decode_pb2.StepMessage) -> None:
-    for event in map(event_from_proto, message.events):
-        assert not isinstance(event, Failed), event
-        if isinstance(event, Tokens):
-            answers[event.request_id] += [token.token_id for token in event.tokens]
+def read_into(answers: dict[str, list[int]], message: decode_pb2.StepMessage) -> int:
+    """How many requests the message had tokens for."""
+    events = [event_from_proto(event) for event in message.events]
+    assert not any(isinstance(event, Failed) for event in events), events
+    with_tokens = [event for event in events if isinstance(event, Tokens)]
+    for event in with_tokens:
+        answers[event.request_id] += [token.token_id for token in event.tokens]
+    return len(with_tokens)
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -272,7 +281,7 @@ async def test_a_bug_in_the_worker_costs_one_request_not_the_stream():
             arrived = await failure(client, make_request(PROMPT, request_id="poison"))
             assert isinstance(arrived, InternalError)
             assert "KeyError" in arrived.message
-            assert isinstance([event async for event in neighbour][-1], Finished)
+            assert isinstance((await rest_of(neighbour))[1], Finished)
             await client.close()
 
 
@@ -347,9 +356,9 @@ async def test_cancelling_one_does_not_disturb_the_others(reach):
         for name in ("1", "4", "6"):
             await streams.pop(name).aclose()
         for name, events in streams.items():
-            rest = [event async for event in events]
-            assert [event.tokens[0].token_id for event in rest[:-1]] == fake_answer(prompts[name], 60)[1:]
-            assert isinstance(rest[-1], Finished)
+            tokens, end = await rest_of(events)
+            assert tokens == fake_answer(prompts[name], 60)[1:]
+            assert isinstance(end, Finished)
         await until(lambda: pair.decode.num_unfinished == 0)
         assert has_free_pages(pair.decode)
 
@@ -363,11 +372,10 @@ async def test_a_router_that_goes_cancels_all_its_requests_and_nobody_elses():
         assert pair.decode.num_unfinished == 3
         await leaving.close()
         for events in lost:
-            rest = [event async for event in events]
-            assert isinstance(rest[-1].error, WorkerLost)
+            assert isinstance((await rest_of(events))[1].error, WorkerLost)
         await until(lambda: sum(not task.cancelled for task in pair.decode._admitted) == 1)
         pair.decode_gate.let_all()
-        assert len([event async for event in kept]) == 100
+        assert (await rest_of(kept))[0] == fake_answer(PROMPT, 100)[1:]
         assert pair.decode.num_unfinished == 0
         await staying.close()
 
@@ -392,10 +400,10 @@ async def test_a_server_that_stops_loses_every_request_and_serves_again_when_it_
         pair.decode_gate.is_open = False
         await server.stop()
         for events in streams:
-            rest = [event async for event in events]
-            assert isinstance(rest[-1], Failed)
-            assert isinstance(rest[-1].error, WorkerLost)
-            assert rest[-1].error.worker_id == DECODE_ID
+            _, end = await rest_of(events)
+            assert isinstance(end, Failed)
+            assert isinstance(end.error, WorkerLost)
+            assert end.error.worker_id == DECODE_ID
         pair.decode_gate.let_all()
         await until(lambda: pair.decode.num_unfinished == 0)
         assert has_free_pages(pair.decode)

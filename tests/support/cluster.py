@@ -1,15 +1,33 @@
-"""Clients and processes for tests that cross a process boundary: gRPC on loopback, workers, whole clusters."""
+"""Real processes for tests, and gRPC on loopback: started, killed, frozen and thawed at will, gone with the test run."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 from packlight.wire.channel import Channels, start_server
+from tests.support.redis_servers import find_binary
+
+CLUSTER = Path(__file__).parents[2] / "deploy" / "cluster.py"
+SMALL_POOLS = ("prefill.kv_memory_bytes=16777216", "decode.kv_memory_bytes=16777216")
+START_TIMEOUT_S = 120.0  # importing torch several times at once on a busy machine
 
 
 @dataclass
@@ -42,4 +60,152 @@ async def loopback(handler: grpc.GenericRpcHandler) -> AsyncIterator[tuple[Loopb
     finally:
         await channels.close()
         await loopback_server.stop()
-        await asyncio.sleep(0)
+
+
+class Process:
+    """A process whose output is kept in a file. It dies with the test run (Linux; elsewhere `end` must do)."""
+
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str] | None = None) -> None:
+        self._log = tempfile.NamedTemporaryFile("w+b", prefix="packlight-test-", suffix=".log")
+        setpriv = shutil.which("setpriv")
+        prefix = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+        self.popen = subprocess.Popen(
+            [*prefix, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", **(environ or {})},
+            start_new_session=True,
+        )
+
+    @property
+    def output(self) -> str:
+        return Path(self._log.name).read_text(errors="replace")
+
+    def wait_for(self, pattern: str, timeout_s: float = START_TIMEOUT_S) -> re.Match[str]:
+        """The first place in the output where `pattern` is found, once it is there."""
+        deadline = time.monotonic() + timeout_s
+        while (found := re.search(pattern, self.output)) is None:
+            if time.monotonic() > deadline or self.popen.poll() is not None:
+                raise AssertionError(f"no {pattern!r} in the output:\n{self.output[-5000:]}")
+            time.sleep(0.02)
+        return found
+
+    def end(self, timeout_s: float = 60.0) -> int:
+        """SIGTERM, and the exit code. SIGKILL if that does not help."""
+        if self.popen.poll() is None:
+            self.popen.terminate()
+        try:
+            return self.popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+            raise AssertionError(f"it did not end within {timeout_s} s:\n{self.output[-5000:]}") from None
+        finally:
+            self._log.close()
+
+
+@contextmanager
+def running_process(command: Sequence[str], environ: Mapping[str, str] | None = None) -> Iterator[Process]:
+    process = Process(command, environ)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            process.popen.send_signal(signal.SIGCONT)
+        process.popen.kill()
+        process.popen.wait()
+
+
+@contextmanager
+def running_worker(role: str, *settings: str) -> Iterator[tuple[Process, str]]:
+    """A worker process around the arithmetic model, alone in its fleet; its address."""
+    with running_process(packlight(role, "model.path=fake", *SMALL_POOLS, *settings)) as process:
+        yield process, process.wait_for(r"is ready on (\S+:\d+)")[1]
+
+
+def packlight(role: str, *settings: str) -> list[str]:
+    return [sys.executable, "-m", "packlight", role, *(flag for setting in settings for flag in ("--set", setting))]
+
+
+class RunningCluster:
+    """A cluster that `deploy/cluster.py` runs."""
+
+    def __init__(self, process: Process, port: int) -> None:
+        self.process, self.port = process, port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def pid(self, name: str) -> int:
+        return int(self.process.wait_for(rf"(?m)^{name} +\| pid (\d+)$")[1])
+
+    @property
+    def pids(self) -> list[int]:
+        return [int(pid) for pid in re.findall(r"(?m)^\S+ +\| pid (\d+)$", self.process.output)]
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, and noticed by the cluster when this returns."""
+        os.kill(self.pid(name), signal.SIGKILL)
+        self.process.wait_for(rf"{name} ended unasked", timeout_s=10)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        os.kill(self.pid(name), number)
+
+    @cached_property
+    def redis_url(self) -> str:
+        environ = Path(f"/proc/{self.pid('router')}/environ").read_bytes().split(b"\0")
+        return next(entry for entry in environ if entry.startswith(b"REDIS_URL=")).decode().removeprefix("REDIS_URL=")
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """A worker's samples, labels and all, as `name{label=value}`."""
+        url = self.process.wait_for(rf"(?m)^{name} +\| .* metrics on (http://\S+)$")[1]
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            text = reply.read().decode()
+        return {
+            sample.name + "".join(f"{{{key}={value}}}" for key, value in sample.labels.items()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+
+@contextmanager
+def running_cluster(*arguments: str) -> Iterator[RunningCluster]:
+    """`deploy/cluster.py`, ready. `arguments` are its own."""
+    port = free_port()
+    command = [sys.executable, str(CLUSTER), "--port", str(port), *arguments]
+    with running_process(command) as process:
+        process.wait_for(r"(?m)^cluster +\| ready: ")
+        yield RunningCluster(process, port)
+
+
+@contextmanager
+def redis_on(url: str) -> Iterator[Process]:
+    """A Redis in place of one that was killed: empty, at the same address."""
+    port, binary = url.partition("127.0.0.1:")[2].partition("/")[0], find_binary("redis") or find_binary("valkey")
+    assert binary is not None
+    cache = ["--save", "", "--appendonly", "no"]
+    with running_process([binary, "--port", port, "--bind", "127.0.0.1", *cache]) as process:
+        process.wait_for("Ready to accept connections")
+        yield process
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def eventually(condition: Any, timeout_s: float = 20.0, what: str = "") -> None:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what or "it did not happen in time"
+        time.sleep(0.02)
