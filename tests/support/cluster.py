@@ -1,4 +1,4 @@
-"""Real processes for tests, and gRPC on loopback: started, killed, frozen and thawed at will, gone with the test run."""
+"""Real processes for tests, and gRPC servers on loopback: started, killed and frozen at will, gone with the test run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,21 +66,22 @@ class Process:
     """A process whose output is kept in a file. It dies with the test run (Linux; elsewhere `end` must do)."""
 
     def __init__(self, command: Sequence[str], environ: Mapping[str, str] | None = None) -> None:
-        self._log = tempfile.NamedTemporaryFile("w+b", prefix="packlight-test-", suffix=".log")
+        descriptor, self._log = tempfile.mkstemp(prefix="packlight-test-", suffix=".log")
         setpriv = shutil.which("setpriv")
         prefix = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
         self.popen = subprocess.Popen(
             [*prefix, *command],
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
+            stdout=descriptor,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", **(environ or {})},
             start_new_session=True,
         )
+        os.close(descriptor)
 
     @property
     def output(self) -> str:
-        return Path(self._log.name).read_text(errors="replace")
+        return Path(self._log).read_text(errors="replace")
 
     def wait_for(self, pattern: str, timeout_s: float = START_TIMEOUT_S) -> re.Match[str]:
         """The first place in the output where `pattern` is found, once it is there."""
@@ -92,17 +93,16 @@ class Process:
         return found
 
     def end(self, timeout_s: float = 60.0) -> int:
-        """SIGTERM, and the exit code. SIGKILL if that does not help."""
+        """SIGTERM, and the exit code."""
+        self.popen.terminate()
+        return self.popen.wait(timeout_s)
+
+    def remove(self) -> None:
+        """Nothing is left of it."""
         if self.popen.poll() is None:
-            self.popen.terminate()
-        try:
-            return self.popen.wait(timeout_s)
-        except subprocess.TimeoutExpired:
             self.popen.kill()
             self.popen.wait()
-            raise AssertionError(f"it did not end within {timeout_s} s:\n{self.output[-5000:]}") from None
-        finally:
-            self._log.close()
+        Path(self._log).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -111,10 +111,7 @@ def running_process(command: Sequence[str], environ: Mapping[str, str] | None = 
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):
-            process.popen.send_signal(signal.SIGCONT)
-        process.popen.kill()
-        process.popen.wait()
+        process.remove()
 
 
 @contextmanager

@@ -55,6 +55,11 @@ class RouterConfig(Section):
     host: str = Field("127.0.0.1", description="Address the HTTP API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port of the HTTP API; 0 picks a free one.")
     max_inflight: int = Field(256, ge=1, description="Requests accepted and unfinished at once; one more gets 429.")
+    default_max_tokens: int = Field(
+        2048,
+        ge=1,
+        description="Longest answer of a request that sets no limit; decode reserves KV for as much.",
+    )
     max_body_bytes: int = Field(8 << 20, ge=1024, description="Largest request body.")
     request_timeout_s: float = Field(600.0, gt=0, description="Longest a request may take, end to end.")
     keepalive_s: float = Field(15.0, gt=0, description="An idle SSE stream sends a comment this often.")
@@ -83,6 +88,7 @@ class PrefillConfig(WorkerSection):
 
 
 class DecodeConfig(WorkerSection):
+    kv_memory_bytes: int = Field(2 << 30, ge=1 << 16, description="Memory of the KV pool.")
     max_batch: int = Field(16, ge=1, description="Requests that decode together in one step.")
     transports: list[str] = Field(
         ["inproc", "grpc"],

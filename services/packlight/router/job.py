@@ -83,7 +83,8 @@ class JobReader:
         pack = recipes.resolve(body.kv, default_recipe=kv.recipe, default_budget=kv.budget)
         # An explicit cache policy without breakpoints means "do not share": a salt that nobody else has.
         salt = answer_id if body.prompt_cache_options.mode == "explicit" else body.cache_salt
-        rooms = [answer_room(len(tokens), body.max_new_tokens, self._spec.max_context, param) for tokens in prompts]
+        wanted, default = body.max_new_tokens, self._config.router.default_max_tokens
+        rooms = [answer_room(len(tokens), wanted, default, self._spec.max_context, param) for tokens in prompts]
         return tuple(
             GenerateRequest(
                 request_id=f"{answer_id}-{prompt_index * body.n + sample}",

@@ -50,8 +50,8 @@ def derive_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def answer_room(num_prompt_tokens: int, wanted: int | None, max_context: int, param: str) -> int:
-    """How many tokens the answer may have: `wanted`, or the rest of the context.
+def answer_room(num_prompt_tokens: int, wanted: int | None, default: int, max_context: int, param: str) -> int:
+    """How many tokens the answer may have: `wanted`, or `default` if the context has room for so many.
 
     Raises ContextLengthExceeded in the words that client frameworks look for."""
     limit = f"This model's maximum context length is {max_context} tokens."
@@ -67,7 +67,7 @@ def answer_room(num_prompt_tokens: int, wanted: int | None, max_context: int, pa
             f"{wanted} in the completion). Please reduce the length of the messages or completion.",
             param=param,
         )
-    return max_context - num_prompt_tokens if wanted is None else wanted
+    return min(default, max_context - num_prompt_tokens) if wanted is None else wanted
 
 
 def check_token_id(token_id: int, param: str, vocab_size: int) -> None:
