@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see packlight.cli
+
 import pytest
 
 from packlight.core.config import DType, ModelConfig

@@ -82,7 +82,11 @@ async def _run(role: str, config: Config) -> None:
 
 
 def _entry(role: str) -> Callable[[Config, asyncio.Event, Callable[[str], None]], Awaitable[None]]:
-    """Imports one role only: the router must start without torch."""
+    """Imports one role only: the router must start without torch.
+
+    OpenMP reads its environment when torch is imported. By default its threads spin while they wait, and as soon as
+    anything else runs on the cores a step takes twenty times as long (docs/benchmarks.md); asleep they cost 10 %."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if role == "serve":
         from packlight.embedded import serve as serve_embedded
 

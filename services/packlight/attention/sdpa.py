@@ -67,8 +67,14 @@ class SdpaPrefill:
             return None
         key = (chunk.start, window)
         if key not in self._masks:
-            self._masks[key] = causal_mask(chunk, window, chunk.blocks.device)
+            self._masks[key] = additive(causal_mask(chunk, window, chunk.blocks.device), self._batch.pool.dtype)
         return self._masks[key]
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `seen`, -inf elsewhere: what attention adds to its scores. Made once per step; torch would otherwise make
+    it from booleans in every layer."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 class SdpaDecode:
@@ -81,6 +87,8 @@ class SdpaDecode:
         self._k_scratch = torch.empty(shape, dtype=pool.dtype, device=pool.k.device)
         self._v_scratch = torch.empty_like(self._k_scratch)
         self._index_S = torch.arange(columns * pool.page_size, device=pool.k.device)
+        self._is_uniform = bool((self._lengths_BLK == self._lengths_BLK[:, :1]).all())
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def attend(
         self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, scale: float, sliding_window: int | None
@@ -103,7 +111,13 @@ class SdpaDecode:
         torch.index_select(pages, 0, index_BKM.reshape(-1), out=scratch)
         return scratch.view(*index_BKM.shape[:2], -1, scratch.shape[-1])
 
-    def _mask(self, layer: int, sliding_window: int | None) -> Tensor:
-        length_BK11 = self._lengths_BLK[:, layer, :, None, None]
-        seen = self._index_S < length_BK11
-        return seen & (self._index_S >= length_BK11 - sliding_window) if sliding_window else seen
+    def _mask(self, layer: int, sliding_window: int | None) -> Tensor | None:
+        """`[B, K, 1, S]`; None where every gathered token is seen. Layers with the same lengths share one."""
+        key = (0 if self._is_uniform else layer, sliding_window)
+        if key not in self._masks:
+            length_BK11 = self._lengths_BLK[:, layer, :, None, None]
+            seen = self._index_S < length_BK11
+            if sliding_window:
+                seen &= self._index_S >= length_BK11 - sliding_window
+            self._masks[key] = None if bool(seen.all()) else additive(seen, self._batch.pool.dtype)
+        return self._masks[key]
