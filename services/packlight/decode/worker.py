@@ -127,9 +127,11 @@ class DecodeWorker:
         self._end(task)
 
     async def run(self) -> None:
-        """Step for ever. A step that raises fails its requests, not the worker."""
+        """Step for ever. A step that raises fails its requests, not the worker; books that do not balance end it."""
         while True:
             if not any(task.stage in (Stage.READY, Stage.RUNNING) for task in self._admitted):
+                if not self._admitted:
+                    self.check()
                 self._wake.clear()
                 await self._wake.wait()
                 continue

@@ -97,7 +97,8 @@ class PageBook:
     def check(self, tables: Iterable[PageIds] | None = None) -> None:
         """Raise InternalError if the books do not balance. `tables` are all page lists that hold a reference now."""
         free = self._stack[: self.num_free]
-        self._require(len(np.unique(free)) == self.num_free, "a page is free twice")
+        occurs = np.bincount(free, minlength=self.num_pages)
+        self._require(int(occurs.max(initial=0)) <= 1, "a page is free twice")
         self._require(not self._refs[free].any() and not self._kept[free].any(), "a free page is held or kept")
         cached = int((self._kept & (self._refs == 0)).sum())
         held = int((self._refs > 0).sum())

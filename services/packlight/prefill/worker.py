@@ -110,9 +110,10 @@ class PrefillWorker:
             self._leave(task)
 
     async def run(self) -> None:
-        """Step for ever. A step that raises fails its requests, not the worker."""
+        """Step for ever. A step that raises fails its requests, not the worker; books that do not balance end it."""
         while True:
             if not self._queue and not self._admitted:
+                self.check()
                 self._wake.clear()
                 await self._wake.wait()
             await self._step()
@@ -178,6 +179,9 @@ class PrefillWorker:
                 break
             self._queue.pop(0)
             self._admitted.append(task)
+        self._show_state()
+
+    def _show_state(self) -> None:
         self._metrics.set_queue(len(self._queue))
         self._metrics.set_running(len(self._admitted) + len(self._shipping))
         self._metrics.set_pages(self._book.num_free, self._book.num_held, self._book.num_cached)
@@ -298,6 +302,7 @@ class PrefillWorker:
             self.inventory.stored(task.hashes[:num_full])
         self._book.release(task.blocks)
         task.stage, task.blocks = stage, task.blocks[:0]
+        self._show_state()
 
     def _fail(self, tasks: Sequence[Task], error: Exception) -> None:
         """A step raised: its requests end with an error and nothing they computed is kept in the cache."""
