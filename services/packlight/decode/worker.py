@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from packlight.core.config import DecodeConfig
@@ -22,17 +22,15 @@ from packlight.core.errors import (
     PacklightError,
     QueueFull,
     ShipmentCorrupt,
-    WorkerLost,
 )
 from packlight.core.rate import Rate
-from packlight.core.shipping import Accepted, FirstToken, PrefillClient, PrefillEvent, Shipped, compatibility_hash
+from packlight.core.shipping import FirstToken, Shipped, compatibility_hash
 from packlight.core.types import (
     Failed,
     Finished,
     FinishReason,
     GenerateEvent,
     GenerateRequest,
-    PrefillRequest,
     Progress,
     Token,
     Tokens,
@@ -40,7 +38,7 @@ from packlight.core.types import (
     is_terminal,
 )
 from packlight.decode.admission import Reservations, check_fits, pages_needed
-from packlight.decode.intake import Intake
+from packlight.decode.fetch import Fetcher, PrefillClients
 from packlight.decode.task import Sink, Stage, Task
 from packlight.engine.compute import Compute
 from packlight.engine.runner import Runner
@@ -50,8 +48,6 @@ from packlight.kv.table import HeadPageTable
 from packlight.telemetry.metrics import DecodeMetrics
 
 Clock = Callable[[], float]
-PrefillClients = Callable[[str, str], PrefillClient]
-"""(worker id, address) -> client."""
 
 
 class DecodeWorker:
@@ -67,7 +63,7 @@ class DecodeWorker:
         metrics: DecodeMetrics,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._config, self._runner, self._compute, self._clients = config, runner, compute, clients
+        self._config, self._runner, self._compute = config, runner, compute
         self._metrics, self._clock = metrics, clock
         pool = runner.pool
         self._book = PageBook(pool.num_head_pages)
@@ -79,6 +75,7 @@ class DecodeWorker:
             num_kv_heads=pool.num_kv_heads,
             page_size=pool.page_size,
         )
+        self._fetcher = Fetcher(config, pool, self._table, self.compatibility, clients)
         self._queue: list[Task] = []
         self._admitted: list[Task] = []
         self._stepping: list[Task] = []
@@ -240,59 +237,28 @@ class DecodeWorker:
     # ── fetching the KV of one request ───────────────────────────────────────────────────────────────────────────
 
     async def _fetch(self, task: Task) -> None:
-        """Pull one shipment. Whatever goes wrong becomes the request's terminal event."""
-        request = task.request
+        """Fetch one shipment. Whatever goes wrong becomes the request's terminal event."""
         try:
-            await self._pull(task)
+            async with aclosing(self._fetcher.fetch(task)) as events:
+                async for event in events:
+                    if isinstance(event, FirstToken):
+                        self._begin(task, event)
+                    else:
+                        self._become_ready(task, event)
+                    if task.stage is not Stage.FETCHING:
+                        return
         except PacklightError as error:
-            error.worker_id = error.worker_id or request.prefill_id
+            error.worker_id = error.worker_id or task.request.prefill_id
             self._fail(task, error)
-        except TimeoutError:
-            silence = f"prefill worker {request.prefill_id} was silent for {self._config.prefill_timeout_s:.0f} s"
-            self._fail(task, WorkerLost(silence, worker_id=request.prefill_id))
         except Exception as error:
             self._fail(task, InternalError(f"fetching the KV failed: {error!r}"))
 
-    async def _pull(self, task: Task) -> None:
-        request = task.request
-        intake = Intake(
-            self._runner.pool,
-            self._table,
-            task.row,
-            compatibility=self.compatibility,
-            transports=tuple(self._config.transports),
-            max_tokens=len(request.token_ids),
-        )
-        client = self._clients(request.prefill_id, request.prefill_address)
-        try:
-            async with aclosing(client.prefill(self._prefill_request(request))) as events:
-                while (event := await self._next(events)) is not None:
-                    self._receive(task, intake, event)
-                    if task.stage is not Stage.FETCHING:
-                        return
-        finally:
-            intake.release()
-        raise ShipmentCorrupt("the prefill stream ended without saying so")
-
-    async def _next(self, events: AsyncIterator[PrefillEvent]) -> PrefillEvent | None:
-        async with asyncio.timeout(self._config.prefill_timeout_s):
-            return await anext(events, None)
-
-    def _receive(self, task: Task, intake: Intake, event: PrefillEvent) -> None:
-        match event:
-            case Accepted():
-                intake.accept(event)
-            case FirstToken():
-                task.first_token_s = self._clock()
-                task.num_cached_tokens = event.num_cached_tokens
-                task.sink(Progress(task.request.request_id, task.usage()))
-                self._emit(task, event.token)
-            case Shipped():
-                intake.finish(event)
-                self._become_ready(task, event)
-            case _:
-                intake.take(event)
-                task.received_bytes = intake.num_bytes
+    def _begin(self, task: Task, first: FirstToken) -> None:
+        """The answer has begun, perhaps before its pages are here."""
+        task.first_token_s = self._clock()
+        task.num_cached_tokens = first.num_cached_tokens
+        task.sink(Progress(task.request.request_id, task.usage()))
+        self._emit(task, first.token)
 
     def _become_ready(self, task: Task, shipped: Shipped) -> None:
         if not task.generated:
@@ -314,20 +280,6 @@ class DecodeWorker:
         )
         task.sink(Progress(task.request.request_id, task.usage()))
         self._wake.set()
-
-    def _prefill_request(self, request: GenerateRequest) -> PrefillRequest:
-        num_resumed = len(request.token_ids) - request.num_prompt_tokens
-        return PrefillRequest(
-            request_id=request.request_id,
-            token_ids=request.token_ids,
-            num_prompt_tokens=request.num_prompt_tokens,
-            sampling=request.sampling,
-            pack=request.pack,
-            cache_salt=request.cache_salt,
-            transports=tuple(self._config.transports),
-            banned_token_ids=request.stop.banned(num_resumed),
-            deadline_s=request.deadline_s,
-        )
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────
 

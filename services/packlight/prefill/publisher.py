@@ -19,7 +19,7 @@ MAX_PENDING = 10_000
 
 
 class Publisher:
-    """`inventory()` lists every prefix held now. An `Inventory` of `prefill/worker.py`."""
+    """`inventory()` lists every prefix held now. An `Inventory`."""
 
     def __init__(
         self,

@@ -19,50 +19,30 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Protocol
 
 import numpy as np
 
-from packlight.compress.base import Codec
 from packlight.compress.budget import keeps_all
-from packlight.compress.recipes import CODECS, find_recipe
 from packlight.core.config import PrefillConfig
 from packlight.core.errors import Draining, InternalError, PacklightError, QueueFull, RequestNeverFits
-from packlight.core.hashing import PageHash, page_hashes
+from packlight.core.hashing import page_hashes
 from packlight.core.rate import Rate
-from packlight.core.shipping import Accepted, FirstToken, Manifest, PrefillEvent, Shipped, compatibility_hash
+from packlight.core.shipping import FirstToken, PrefillEvent, Shipped
 from packlight.core.types import PrefillRequest, Token, WorkerLoad
 from packlight.engine.compute import Compute
 from packlight.engine.runner import ChunkWork, Runner
 from packlight.engine.sampler import PenaltyState, SampleRow, sample
 from packlight.kv.pages import PageBook
-from packlight.kv.radix import Eviction, RadixCache
+from packlight.kv.radix import RadixCache
+from packlight.prefill.dispatch import Dispatch
+from packlight.prefill.inventory import Inventory, NoInventory
 from packlight.prefill.outbox import Outbox
 from packlight.prefill.scheduler import ChunkPlan, plan_step, usable_hit
 from packlight.prefill.shipper import Shipment, Shipper
 from packlight.prefill.task import Stage, Task
 from packlight.telemetry.metrics import PrefillMetrics
-from packlight.transfer.registry import TRANSPORTS, build_transport, choose
-from packlight.wire.manifest import encode_manifest
 
 Clock = Callable[[], float]
-
-
-class Inventory(Protocol):
-    """Who is told what the cache holds: `prefill/publisher.py`, which tells the fleet-wide index."""
-
-    def stored(self, hashes: Sequence[PageHash]) -> None: ...
-    def evicted(self, lost: Sequence[Eviction]) -> None: ...
-
-
-class NoInventory:
-    """Nobody is told."""
-
-    def stored(self, hashes: Sequence[PageHash]) -> None:
-        pass
-
-    def evicted(self, lost: Sequence[Eviction]) -> None:
-        pass
 
 
 class PrefillWorker:
@@ -81,8 +61,7 @@ class PrefillWorker:
         self.inventory: Inventory = NoInventory()
         self._book = PageBook(runner.pool.num_blocks)
         self.cache = RadixCache(self._book)
-        self._transports = {name: build_transport(name) for name in TRANSPORTS}
-        self._codecs: dict[str, Codec] = {}
+        self._dispatch = Dispatch(runner.model.spec, runner.pool)
         self._queue: list[Task] = []
         self._admitted: list[Task] = []
         self._shipping: set[Task] = set()
@@ -94,8 +73,7 @@ class PrefillWorker:
 
     @property
     def compatibility(self) -> str:
-        pool = self._runner.pool
-        return compatibility_hash(self._runner.model.spec, pool.page_size, str(pool.dtype))
+        return self._dispatch.compatibility
 
     async def prefill(self, request: PrefillRequest) -> AsyncGenerator[PrefillEvent, None]:
         """The events of one request, see `core/shipping.py`. Closing the iterator cancels the rest of the work.
@@ -212,55 +190,19 @@ class PrefillWorker:
             is_last = chunk.end == task.num_tokens
             works.append(ChunkWork(task.request.token_ids[chunk.start : chunk.end], chunk.start, task.blocks, is_last))
             if is_last:
-                shipments.append(self._shipment(task, start, chunk.start))
+                task.outbox.put_threadsafe([self._dispatch.announce(task)])
+                shipments.append(self._dispatch.open(task, start, chunk.start))
                 rows.append(self._sample_row(task))
             start += chunk.end - chunk.start
         shipper = Shipper(self._runner.model.spec, self._runner.pool, shipments)
         logits = self._runner.prefill(works, shipper if shipments else None)
         return sample(logits, rows), shipments
 
-    def _shipment(self, task: Task, start: int, context: int) -> Shipment:
-        task.outbox.put_threadsafe([self._accepted(task)])
-        return Shipment(
-            pack=task.request.pack,
-            anchor=task.anchor,
-            num_tokens=task.num_tokens,
-            blocks=task.blocks,
-            start=start,
-            context=context,
-            window=task.window,
-            sender=self._transports[task.transport].sender(),
-            codec=self._codec(task.request.pack.recipe),
-            outbox=task.outbox,
-        )
-
-    def _accepted(self, task: Task) -> Accepted:
-        spec, pool = self._runner.model.spec, self._runner.pool
-        manifest = Manifest(
-            request_id=task.request.request_id,
-            transport=task.transport,
-            recipe=task.request.pack.recipe,
-            codec=find_recipe(task.request.pack.recipe).codec,
-            dtype=spec.dtype,
-            page_size=pool.page_size,
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            num_tokens=task.num_tokens,
-        )
-        return Accepted(self.compatibility, encode_manifest(manifest))
-
     def _sample_row(self, task: Task) -> SampleRow:
         request, penalties = task.request, None
         if request.sampling.has_penalties:
             penalties = PenaltyState(request.token_ids[: task.anchor], request.token_ids[task.anchor :])
         return SampleRow(request.sampling, task.num_tokens, penalties, request.banned_token_ids)
-
-    def _codec(self, recipe: str) -> Codec:
-        name = find_recipe(recipe).codec
-        if name not in self._codecs:
-            self._codecs[name] = CODECS.load(name)()
-        return self._codecs[name]
 
     def _commit(
         self,
@@ -330,7 +272,7 @@ class PrefillWorker:
             ),
             outbox=Outbox(),
             arrived_s=self._clock(),
-            transport=choose(request.transports, tuple(self._transports)),
+            transport=self._dispatch.transport_for(request.transports),
             window=1 if keeps_all(request.pack, request.num_prompt_tokens) else request.pack.window,
         )
         self._queue.append(task)

@@ -1,0 +1,90 @@
+"""Fetching the KV of one request: calling the prefill worker and taking its shipment in, event by event.
+
+Knows the call and its silence limit. Leaves the checks to `intake.py` and what an event means for the request to
+`worker.py`. Ending the iterator ends the call, which frees everything on the prefill worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+
+from packlight.core.config import DecodeConfig
+from packlight.core.errors import ShipmentCorrupt, WorkerLost
+from packlight.core.shipping import Accepted, FirstToken, PrefillClient, PrefillEvent, Shipped
+from packlight.core.types import GenerateRequest, PrefillRequest
+from packlight.decode.intake import Intake
+from packlight.decode.task import Task
+from packlight.kv.pool import KVPool
+from packlight.kv.table import HeadPageTable
+
+PrefillClients = Callable[[str, str], PrefillClient]
+"""(worker id, address) -> client."""
+
+
+class Fetcher:
+    """Fetches into rows of `table`."""
+
+    def __init__(
+        self, config: DecodeConfig, pool: KVPool, table: HeadPageTable, compatibility: str, clients: PrefillClients
+    ) -> None:
+        self._config, self._pool, self._table = config, pool, table
+        self._compatibility, self._clients = compatibility, clients
+
+    async def fetch(self, task: Task) -> AsyncGenerator[FirstToken | Shipped, None]:
+        """The events the worker cares about; layers are stored as they pass. `Shipped` comes last and only when every
+        layer is there. Raises what the prefill worker raised, WorkerLost on silence, or what `Intake` found wrong."""
+        request = task.request
+        intake = self._intake(task)
+        client = self._clients(request.prefill_id, request.prefill_address)
+        try:
+            async with aclosing(client.prefill(self._prefill_request(request))) as events:
+                while (event := await self._next(events, request.prefill_id)) is not None:
+                    match event:
+                        case Accepted():
+                            intake.accept(event)
+                        case FirstToken():
+                            yield event
+                        case Shipped():
+                            intake.finish(event)
+                            yield event
+                            return
+                        case _:
+                            intake.take(event)
+                            task.received_bytes = intake.num_bytes
+        finally:
+            intake.release()
+        raise ShipmentCorrupt("the prefill stream ended without saying so")
+
+    async def _next(self, events: AsyncIterator[PrefillEvent], worker_id: str) -> PrefillEvent | None:
+        try:
+            async with asyncio.timeout(self._config.prefill_timeout_s):
+                return await anext(events, None)
+        except TimeoutError:
+            silence = f"prefill worker {worker_id} was silent for {self._config.prefill_timeout_s:.0f} s"
+            raise WorkerLost(silence, worker_id=worker_id) from None
+
+    def _intake(self, task: Task) -> Intake:
+        return Intake(
+            self._pool,
+            self._table,
+            task.row,
+            compatibility=self._compatibility,
+            transports=tuple(self._config.transports),
+            max_tokens=len(task.request.token_ids),
+        )
+
+    def _prefill_request(self, request: GenerateRequest) -> PrefillRequest:
+        num_resumed = len(request.token_ids) - request.num_prompt_tokens
+        return PrefillRequest(
+            request_id=request.request_id,
+            token_ids=request.token_ids,
+            num_prompt_tokens=request.num_prompt_tokens,
+            sampling=request.sampling,
+            pack=request.pack,
+            cache_salt=request.cache_salt,
+            transports=tuple(self._config.transports),
+            banned_token_ids=request.stop.banned(num_resumed),
+            deadline_s=request.deadline_s,
+        )

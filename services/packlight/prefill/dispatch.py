@@ -1,0 +1,70 @@
+"""Opening a shipment: which transport and codec carry it, and the manifest that announces it.
+
+Knows the worker's identity on the wire. Does not know what is selected (`shipper.py`) or when (`worker.py`).
+"""
+
+from __future__ import annotations
+
+from packlight.compress.base import Codec
+from packlight.compress.recipes import CODECS, find_recipe
+from packlight.core.shipping import Accepted, Manifest, compatibility_hash
+from packlight.core.types import ModelSpec
+from packlight.kv.pool import KVPool
+from packlight.prefill.shipper import Shipment
+from packlight.prefill.task import Task
+from packlight.transfer.registry import TRANSPORTS, build_transport, choose
+from packlight.wire.manifest import encode_manifest
+
+
+class Dispatch:
+    """Makes the shipments of one worker. Transports are built once, codecs on first use."""
+
+    def __init__(self, spec: ModelSpec, pool: KVPool) -> None:
+        self._spec, self._pool = spec, pool
+        self._transports = {name: build_transport(name) for name in TRANSPORTS}
+        self._codecs: dict[str, Codec] = {}
+        self.compatibility = compatibility_hash(spec, pool.page_size, str(pool.dtype))
+
+    def transport_for(self, wanted: tuple[str, ...]) -> str:
+        """Raises ShipmentIncompatible if none of `wanted` is there."""
+        return choose(wanted, tuple(self._transports))
+
+    def open(self, task: Task, start: int, context: int) -> Shipment:
+        """The shipment of `task`, whose last chunk is rows `start` on of the step, after `context` stored tokens."""
+        return Shipment(
+            pack=task.request.pack,
+            anchor=task.anchor,
+            num_tokens=task.num_tokens,
+            blocks=task.blocks,
+            start=start,
+            context=context,
+            window=task.window,
+            sender=self._transports[task.transport].sender(),
+            codec=self._codec(self._codec_name(task)),
+            outbox=task.outbox,
+        )
+
+    def announce(self, task: Task) -> Accepted:
+        """The shipment's first event."""
+        manifest = Manifest(
+            request_id=task.request.request_id,
+            transport=task.transport,
+            recipe=task.request.pack.recipe,
+            codec=self._codec_name(task),
+            dtype=self._spec.dtype,
+            page_size=self._pool.page_size,
+            num_layers=self._spec.num_layers,
+            num_kv_heads=self._spec.num_kv_heads,
+            head_dim=self._spec.head_dim,
+            num_tokens=task.num_tokens,
+        )
+        return Accepted(self.compatibility, encode_manifest(manifest))
+
+    @staticmethod
+    def _codec_name(task: Task) -> str:
+        return find_recipe(task.request.pack.recipe).codec
+
+    def _codec(self, name: str) -> Codec:
+        if name not in self._codecs:
+            self._codecs[name] = CODECS.load(name)()
+        return self._codecs[name]
