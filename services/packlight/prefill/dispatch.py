@@ -31,6 +31,7 @@ class Dispatch:
 
     def open(self, task: Task, start: int, context: int) -> Shipment:
         """The shipment of `task`, whose last chunk is rows `start` on of the step, after `context` stored tokens."""
+        task.sender = self._transports[task.transport].sender()
         return Shipment(
             pack=task.request.pack,
             anchor=task.anchor,
@@ -39,7 +40,7 @@ class Dispatch:
             start=start,
             context=context,
             window=task.window,
-            sender=self._transports[task.transport].sender(),
+            sender=task.sender,
             codec=self._codec(self._codec_name(task)),
             outbox=task.outbox,
         )

@@ -12,6 +12,7 @@ from packlight.core.types import PrefillRequest
 from packlight.kv.pages import PageIds
 from packlight.prefill.outbox import Outbox
 from packlight.prefill.scheduler import Progress, final_start
+from packlight.transfer.base import KVSender
 
 
 class Stage(StrEnum):
@@ -35,6 +36,7 @@ class Task:
     num_done: int = 0
     started_s: float = 0.0
     cancelled: bool = False
+    sender: KVSender | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -147,7 +147,8 @@ class PrefillWorker:
 
     def _drop_cancelled(self) -> None:
         for task in [task for task in self._admitted if task.cancelled]:
-            self._retire(task, Stage.CLOSED)
+            self._retire(task)
+            self._close(task)
 
     def _admit(self) -> None:
         """Give blocks to waiting requests, oldest first, as long as they fit and readers keep up."""
@@ -219,8 +220,7 @@ class PrefillWorker:
                 self._finish(task, *result)
 
     def _finish(self, task: Task, token: Token | InternalError, shipment: Shipment) -> None:
-        self._retire(task, Stage.SHIPPING)
-        self._shipping.add(task)
+        self._retire(task)
         if isinstance(token, InternalError):
             self._count_failure(token)
             task.outbox.fail(token)
@@ -235,15 +235,16 @@ class PrefillWorker:
         task.outbox.put(shipped)
         self._observe(task, shipped)
 
-    def _retire(self, task: Task, stage: Stage) -> None:
-        """The one way out of blocks: full pages stay in the cache, every reference goes."""
+    def _retire(self, task: Task) -> None:
+        """The one way out of blocks: full pages stay in the cache, every reference goes. What is left is shipping."""
         self._admitted.remove(task)
         num_full = task.num_done // self._runner.pool.page_size
         if num_full:
             self.cache.insert(task.hashes[:num_full], task.blocks[:num_full])
             self.inventory.stored(task.hashes[:num_full])
         self._book.release(task.blocks)
-        task.stage, task.blocks = stage, task.blocks[:0]
+        task.stage, task.blocks = Stage.SHIPPING, task.blocks[:0]
+        self._shipping.add(task)
         self._show_state()
 
     def _fail(self, tasks: Sequence[Task], error: Exception) -> None:
@@ -252,8 +253,7 @@ class PrefillWorker:
         for task in tasks:
             self._count_failure(reported)
             task.num_done = task.num_cached
-            self._retire(task, Stage.SHIPPING)
-            self._shipping.add(task)
+            self._retire(task)
             task.outbox.fail(reported)
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────
@@ -295,13 +295,21 @@ class PrefillWorker:
         """The reader is gone, with or without having read everything."""
         if task.stage in (Stage.QUEUED, Stage.PREFILLING):
             self._metrics.count_request("cancelled")
-        if task.stage is Stage.QUEUED:
-            self._queue.remove(task)
-        elif task.stage is Stage.PREFILLING:
+        if task.stage is Stage.PREFILLING:
             task.cancelled = True  # its step may be running: the next one begins by retiring it
-        self._shipping.discard(task)
+        else:
+            if task.stage is Stage.QUEUED:
+                self._queue.remove(task)
+            self._close(task)
         self._shipped.add(task.outbox.sent.amount, task.outbox.sent.elapsed_s)
         self._wake.set()
+
+    def _close(self, task: Task) -> None:
+        """The end of a request, whose blocks are back already."""
+        self._shipping.discard(task)
+        task.stage = Stage.CLOSED
+        if task.sender is not None:
+            task.sender.release()
 
     def _count_failure(self, error: PacklightError) -> None:
         self._metrics.count_request("failed")
