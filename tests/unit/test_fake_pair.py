@@ -295,6 +295,20 @@ async def test_a_step_that_raises_fails_its_requests_not_the_worker(side):
         assert await answer(pair.decode, make_request(PROMPT)) == fake_answer(PROMPT, 8)
 
 
+async def test_a_step_that_raises_for_a_reader_who_left_leaves_nothing_behind():
+    async with fake_pair() as pair:
+        pair.prefill_gate.is_open = False
+        doomed = asyncio.create_task(answer(pair.decode, make_request(PROMPT)))
+        await until(lambda: pair.prefill.load().num_running == 1)
+        doomed.cancel()
+        await until(lambda: pair.decode.num_unfinished == 0)
+        pair.prefill_gate.error = ValueError("boom")
+        pair.prefill_gate.let_all()
+        await until(lambda: pair.prefill.num_unfinished == 0)
+        pair.prefill_gate.error = None
+        assert await answer(pair.decode, make_request(PROMPT)) == fake_answer(PROMPT, 8)
+
+
 class Tampered:
     """Changes events on their way from prefill to decode."""
 

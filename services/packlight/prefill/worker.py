@@ -248,13 +248,13 @@ class PrefillWorker:
         self._show_state()
 
     def _fail(self, tasks: Sequence[Task], error: Exception) -> None:
-        """A step raised: its requests end with an error and nothing they computed is kept in the cache."""
+        """A step raised: its requests end with an error. What earlier steps stored stays in the cache."""
         reported = error if isinstance(error, PacklightError) else InternalError(f"prefill step failed: {error!r}")
         for task in tasks:
-            self._count_failure(reported)
-            task.num_done = task.num_cached
-            self._retire(task)
-            task.outbox.fail(reported)
+            if not task.cancelled:  # nobody listens; the next step begins by retiring it
+                self._count_failure(reported)
+                self._retire(task)
+                task.outbox.fail(reported)
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────
 
