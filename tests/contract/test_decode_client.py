@@ -36,7 +36,8 @@ from packlight.decode.worker import DecodeWorker
 from packlight.models.fake import fake_answer
 from packlight.router.clients import DecodeClient
 from packlight.wire.decode import SERVICE, GrpcDecodeClient, decode_handler
-from packlight.wire.messages import event_from_proto, generate_to_proto
+from packlight.wire.events import event_from_proto
+from packlight.wire.requests import generate_to_proto
 from packlight.wire.v1 import decode_pb2
 from tests.support.cluster import loopback
 from tests.support.fake_pair import answer, collect, fake_pair, make_request, until

@@ -22,7 +22,7 @@ from packlight.core.types import (
     Tokens,
     Usage,
 )
-from packlight.wire import messages
+from packlight.wire import events, requests
 from packlight.wire.frames import event_from_bytes, event_to_bytes, read_varint, varint
 from packlight.wire.manifest import decode_manifest, encode_manifest
 from packlight.wire.v1 import decode_pb2, prefill_pb2
@@ -37,11 +37,11 @@ USAGE = Usage(10, 4, 3, KVUsage("snapkv", 12.5, 100, 1000, 0.97), Timings(1, 2, 
 def test_requests(sampling, pack):
     stop = StopRules(7, (0, 2), (9,), True, 3)
     request = GenerateRequest("r", (1, 2, 2**32 - 1), 2, sampling, stop, pack, "salt", "p", "host:1", 3.5)
-    data = messages.generate_to_proto(request).SerializeToString()
-    assert messages.generate_from_proto(decode_pb2.GenerateRequest.FromString(data)) == request
+    data = requests.generate_to_proto(request).SerializeToString()
+    assert requests.generate_from_proto(decode_pb2.GenerateRequest.FromString(data)) == request
     prefill = PrefillRequest("r", (1, 2), 2, sampling, pack, "salt", ("shm", "grpc"), (0,), 3.5)
-    data = messages.prefill_to_proto(prefill).SerializeToString()
-    assert messages.prefill_from_proto(prefill_pb2.PrefillRequest.FromString(data)) == prefill
+    data = requests.prefill_to_proto(prefill).SerializeToString()
+    assert requests.prefill_from_proto(prefill_pb2.PrefillRequest.FromString(data)) == prefill
 
 
 EVENTS = [
@@ -92,23 +92,23 @@ def test_an_event_of_another_release_is_incompatible():
     ],
 )
 def test_answer_events(event):
-    data = messages.event_to_proto(event).SerializeToString()
-    assert messages.event_from_proto(decode_pb2.Event.FromString(data)) == event
+    data = events.event_to_proto(event).SerializeToString()
+    assert events.event_from_proto(decode_pb2.Event.FromString(data)) == event
 
 
 @pytest.mark.parametrize("cls", sorted(errors.error_classes().values(), key=lambda cls: cls.__name__))
 def test_every_error_travels_whole(cls):
     error = cls("what", param="kv.budget", code="why", retry_after_s=2.5, worker_id="w")
-    data = messages.event_to_proto(Failed("r", error)).SerializeToString()
-    back = messages.event_from_proto(decode_pb2.Event.FromString(data)).error
+    data = events.event_to_proto(Failed("r", error)).SerializeToString()
+    back = events.event_from_proto(decode_pb2.Event.FromString(data)).error
     assert type(back) is cls
     assert vars(back) == vars(error)
 
 
 def test_an_unknown_error_is_an_internal_one():
-    message = messages.error_to_proto(errors.QueueFull("full"))
+    message = events.error_to_proto(errors.QueueFull("full"))
     message.kind = "FromTheFuture"
-    assert type(messages.error_from_proto(message)) is errors.InternalError
+    assert type(events.error_from_proto(message)) is errors.InternalError
 
 
 def test_manifest():

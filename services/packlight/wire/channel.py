@@ -59,7 +59,7 @@ async def start_server(handlers: list[grpc.GenericRpcHandler], host: str, port: 
     server = grpc.aio.server(options=SERVER)
     server.add_generic_rpc_handlers(tuple(handlers))
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     except RuntimeError:  # it says no more than that
         raise StartupError(
             f"cannot listen on {host}:{port}: another process has the port, or the host is not ours"

@@ -15,7 +15,8 @@ import grpc
 
 from packlight.core.errors import InternalError, PacklightError, WorkerLost
 from packlight.core.types import Failed, GenerateEvent, GenerateRequest, RequestId, WorkerId, is_terminal
-from packlight.wire.messages import event_from_proto, event_to_proto, generate_from_proto, generate_to_proto
+from packlight.wire.events import event_from_proto, event_to_proto
+from packlight.wire.requests import generate_from_proto, generate_to_proto
 from packlight.wire.status import error_of
 from packlight.wire.v1 import decode_pb2
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from packlight.core.errors import ShipmentCorrupt
 from packlight.core.shipping import Chunk, PrefillEvent
-from packlight.wire.messages import prefill_event_from_proto, prefill_event_to_proto
+from packlight.wire.events import prefill_event_from_proto, prefill_event_to_proto
 from packlight.wire.v1 import prefill_pb2
 
 CHUNK_KEY = (prefill_pb2.PrefillEvent.CHUNK_FIELD_NUMBER << 3) | 2

@@ -15,7 +15,7 @@ import grpc
 from packlight.core.shipping import PrefillClient, PrefillEvent
 from packlight.core.types import PrefillRequest, WorkerId
 from packlight.wire.frames import event_from_bytes, event_to_bytes
-from packlight.wire.messages import prefill_from_proto, prefill_to_proto
+from packlight.wire.requests import prefill_from_proto, prefill_to_proto
 from packlight.wire.status import abort, error_of
 from packlight.wire.v1 import prefill_pb2
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import grpc
 
 from packlight.core.errors import Cancelled, DeadlineExceeded, InternalError, PacklightError, WorkerLost
-from packlight.wire.messages import error_from_proto, error_to_proto
+from packlight.wire.events import error_from_proto, error_to_proto
 from packlight.wire.v1 import common_pb2
 
 ERROR_KEY = "packlight-error-bin"
