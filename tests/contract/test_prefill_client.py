@@ -110,7 +110,7 @@ async def test_every_way_ships_the_same_bytes():
 
 async def test_a_decode_worker_cannot_tell_the_difference(reach):
     async with fake_pair() as pair, reach(pair.prefill) as client:
-        pair.decode._clients = lambda worker_id, address: client
+        pair.decode._fetcher._clients = lambda worker_id, address: client
         assert await answer(pair.decode, make_request(LONG, 9)) == fake_answer(LONG, 9)
 
 
@@ -355,7 +355,7 @@ async def test_a_server_that_stops_loses_its_calls_and_serves_again_when_it_is_b
 async def test_a_lost_prefill_worker_fails_the_answer_and_frees_decodes_pages():
     async with fake_pair(decode=DecodeConfig()) as pair, loopback(prefill_handler(pair.prefill)) as (server, channel):
         client = GrpcPrefillClient(channel, "prefill-0")
-        pair.decode._clients = lambda worker_id, address: client
+        pair.decode._fetcher._clients = lambda worker_id, address: client
         pair.prefill_gate.is_open = False
         waiting = asyncio.create_task(collect(pair.decode, make_request(PROMPT)))
         await until(lambda: pair.prefill.num_unfinished == 1)
