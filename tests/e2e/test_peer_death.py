@@ -29,13 +29,20 @@ SLOW = ("prefill.chunk_tokens=1", f"kv.page_size={PAGE}")
 NOTICED_WITHIN_S = 6.0
 
 
+@pytest.fixture(scope="module")
+def slow_prefill():
+    """A prefill worker that takes a step for every token."""
+    with running_worker("prefill", *SLOW) as (process, address):
+        yield process, address
+
+
 @asynccontextmanager
 async def decode_with(address: str, wrap=lambda client: client):
     """A decode worker here whose prefill worker is the process at `address`."""
     channels = Channels()
     async with fake_pair(decode_blocks=20_000) as pair:
         client = wrap(GrpcPrefillClient(channels.get(address), "prefill-0"))
-        pair.decode._clients = lambda worker_id, address: client
+        pair.decode._fetcher._clients = lambda worker_id, address: client
         yield pair
         assert pair.decode.load().num_free_pages == pair.decode.load().num_total_pages
     await channels.close()
@@ -82,37 +89,20 @@ async def test_a_prefill_worker_killed_in_the_middle_of_a_shipment():
             assert event.error.worker_id == "prefill-0"
 
 
-async def test_a_prefill_worker_killed_while_it_computes():
-    with running_worker("prefill", *SLOW) as (process, address):
-        async with decode_with(address) as pair:
-            tasks = [
-                asyncio.create_task(collect(pair.decode, make_request(LONG[number:9000], request_id=str(number))))
-                for number in range(4)
-            ]
-            await until(lambda: pair.decode.load().num_running == 4)
-            await asyncio.sleep(0.3)
-            assert not any(task.done() for task in tasks)
-            kill(process)
-            async with asyncio.timeout(NOTICED_WITHIN_S):
-                for _, event in await asyncio.gather(*tasks):
-                    assert isinstance(event.error, WorkerLost)
-
-
-async def test_a_frozen_prefill_worker_is_noticed_by_its_silence_on_the_wire():
-    with running_worker("prefill", *SLOW) as (process, address):
-        async with decode_with(address) as pair:
-            task = asyncio.create_task(collect(pair.decode, make_request(LONG)))
-            await until(lambda: pair.decode.load().num_running == 1)
-            await asyncio.sleep(0.3)
-            os.kill(process.popen.pid, signal.SIGSTOP)
-            frozen_at = time.monotonic()
-            for request_id in ("in progress", "new"):  # the second one meets a connection that cannot be made
-                _, event = await (task if request_id == "in progress" else collect(pair.decode, make_request(PROMPT)))
-                assert isinstance(event.error, WorkerLost)
-                assert time.monotonic() - frozen_at < NOTICED_WITHIN_S
-                frozen_at = time.monotonic()
-            os.kill(process.popen.pid, signal.SIGCONT)
-            await until_it_answers(pair)
+async def test_a_frozen_prefill_worker_is_noticed_by_its_silence_on_the_wire(slow_prefill):
+    process, address = slow_prefill
+    async with decode_with(address) as pair:
+        task = asyncio.create_task(collect(pair.decode, make_request(LONG)))
+        await until(lambda: pair.decode.load().num_running == 1)
+        await asyncio.sleep(0.3)
+        os.kill(process.popen.pid, signal.SIGSTOP)
+        for request_id in ("in progress", "new"):  # the second one meets a connection that cannot be made
+            since = time.monotonic()
+            _, event = await (task if request_id == "in progress" else collect(pair.decode, make_request(PROMPT)))
+            assert isinstance(event.error, WorkerLost)
+            assert time.monotonic() - since < NOTICED_WITHIN_S
+        os.kill(process.popen.pid, signal.SIGCONT)
+        await until_it_answers(pair)
 
 
 async def until_it_answers(pair) -> None:
@@ -124,12 +114,10 @@ async def until_it_answers(pair) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_a_frozen_decode_worker_is_noticed_too():
+async def test_a_frozen_decode_worker_is_noticed_too(slow_prefill):
     """It is frozen in the middle of an answer, which is slow because its prefill worker is."""
-    with (
-        running_worker("prefill", *SLOW) as (_, prefill_address),
-        running_worker("decode", f"kv.page_size={PAGE}") as (process, address),
-    ):
+    _, prefill_address = slow_prefill
+    with running_worker("decode", f"kv.page_size={PAGE}") as (process, address):
         channels = Channels()
         client = GrpcDecodeClient(channels.get(address), "decode-0")
         task = asyncio.create_task(collect(client, make_request(LONG, prefill_address=prefill_address)))
@@ -145,6 +133,23 @@ async def test_a_frozen_decode_worker_is_noticed_too():
         await channels.close()
 
 
+async def test_a_prefill_worker_killed_while_it_computes(slow_prefill):
+    """The last test with this worker."""
+    process, address = slow_prefill
+    async with decode_with(address) as pair:
+        tasks = [
+            asyncio.create_task(collect(pair.decode, make_request(LONG[number:9000], request_id=str(number))))
+            for number in range(4)
+        ]
+        await until(lambda: pair.decode.load().num_running == 4)
+        await asyncio.sleep(0.3)
+        assert not any(task.done() for task in tasks)
+        kill(process)
+        async with asyncio.timeout(NOTICED_WITHIN_S):
+            for _, event in await asyncio.gather(*tasks):
+                assert isinstance(event.error, WorkerLost)
+
+
 async def test_connections_that_are_quiet_for_long_stay():
     """Three keepalive pings (one every 2 s) that a server did not expect would end them."""
     async with (
@@ -153,7 +158,7 @@ async def test_connections_that_are_quiet_for_long_stay():
         loopback(prefill_handler(pair.prefill)) as (_, to_prefill),
     ):
         client = GrpcDecodeClient(to_decode, "decode-0")
-        pair.decode._clients = lambda worker_id, address: GrpcPrefillClient(to_prefill, worker_id)
+        pair.decode._fetcher._clients = lambda worker_id, address: GrpcPrefillClient(to_prefill, worker_id)
         pair.prefill_gate.is_open = False
         quiet = asyncio.create_task(answer(client, make_request(PROMPT)))
         await asyncio.sleep(9.5)

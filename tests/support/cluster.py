@@ -1,4 +1,4 @@
-"""Real processes for tests, and gRPC servers on loopback: started, killed and frozen at will, gone with the test run."""
+"""Real processes for tests, and gRPC servers on loopback: started, killed, frozen, and gone with the test run."""
 
 from __future__ import annotations
 
@@ -158,7 +158,8 @@ class RunningCluster:
     def metrics(self, name: str) -> dict[str, float]:
         """A worker's samples, labels and all, as `name{label=value}`."""
         url = self.process.wait_for(rf"(?m)^{name} +\| .* metrics on (http://\S+)$")[1]
-        with urllib.request.urlopen(url, timeout=5) as reply:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(url, timeout=5) as reply:
             text = reply.read().decode()
         return {
             sample.name + "".join(f"{{{key}={value}}}" for key, value in sample.labels.items()): sample.value

@@ -26,11 +26,15 @@ def worker_identity(role: Role, section: WorkerSection, environ: Mapping[str, st
 
 
 def advertised_address(section: WorkerSection, port: int, environ: Mapping[str, str]) -> str:
-    """Where other processes reach this worker."""
-    if section.advertise:
-        return section.advertise if ":" in section.advertise else f"{section.advertise}:{port}"
-    host = environ.get("POD_IP") or section.host
-    return f"{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
+    """Where other processes reach this worker: `host:port`, an IPv6 host in brackets."""
+    host = section.advertise or environ.get("POD_IP") or section.host
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    is_bare_ipv6 = host.count(":") > 1 and not host.startswith("[")
+    if is_bare_ipv6:
+        host = f"[{host}]"
+    has_port = ":" in host.rpartition("]")[2]
+    return host if has_port else f"{host}:{port}"
 
 
 class Heart:

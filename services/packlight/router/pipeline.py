@@ -23,11 +23,14 @@ from packlight.core.errors import NoWorker, PacklightError, WorkerLost
 from packlight.core.hashing import page_hashes
 from packlight.core.types import (
     Failed,
+    Finished,
     GenerateEvent,
     GenerateRequest,
     ModelSpec,
+    Progress,
     Role,
     Tokens,
+    Usage,
     WorkerId,
     WorkerInfo,
 )
@@ -71,6 +74,32 @@ class Sent:
             self.requests[worker_id] -= 1
 
 
+@dataclass(slots=True)
+class SoFar:
+    """What the client has of an answer, over all attempts."""
+
+    token_ids: list[int] = field(default_factory=list)
+    usage: Usage | None = None
+
+    def add(self, event: GenerateEvent) -> GenerateEvent:
+        """Take note of `event`. Returns it as the client shall see it: cached is what the first try found cached."""
+        if isinstance(event, Tokens):
+            self.token_ids += [token.token_id for token in event.tokens]
+        elif isinstance(event, Progress | Finished):
+            num_cached = self.usage.num_cached_tokens if self.usage else event.usage.num_cached_tokens
+            self.usage = replace(event.usage, num_cached_tokens=num_cached)
+            return replace(event, usage=self.usage)
+        return event
+
+    def finished(self, request: GenerateRequest) -> Finished | None:
+        """The end that was lost with a worker which had already sent the last token."""
+        reason = request.stop.ends(self.token_ids[-1], len(self.token_ids)) if self.token_ids else None
+        if reason is None or self.usage is None:
+            return None
+        usage = replace(self.usage, num_generated_tokens=len(self.token_ids))
+        return Finished(request.request_id, reason, usage)
+
+
 class Pipeline:
     """The router's `Backend`."""
 
@@ -92,7 +121,7 @@ class Pipeline:
 
     def readiness(self) -> Readiness:
         """Ready when a compatible pair of workers is alive."""
-        workers = [worker for worker in self._view.workers() if not worker.draining]
+        workers = [worker for worker in self._workers() if not worker.draining]
         hashes = [{w.compatibility for w in workers if w.role is role} for role in Role]
         counts = {role.value: sum(worker.role is role for worker in workers) for role in Role}
         for role, num in counts.items():
@@ -108,11 +137,10 @@ class Pipeline:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
         """The events of one answer, whatever number of workers it takes. When no worker is left to try, the error of
         the last one tried says more than that."""
-        started, avoid = self._clock(), frozenset[WorkerId]()
-        generated: list[int] = []
+        started, avoid, so_far = self._clock(), frozenset[WorkerId](), SoFar()
         error: PacklightError | None = None
         for attempt in range(self._config.max_attempts):
-            now = self._resumed(request, generated, attempt, self._clock() - started)
+            now = self._resumed(request, so_far, attempt, self._clock() - started)
             try:
                 pair = await self._place(now, avoid)
             except NoWorker:
@@ -126,35 +154,37 @@ class Pipeline:
                     if isinstance(event, Failed):
                         error = event.error
                         break
-                    if isinstance(event, Tokens):
-                        generated += [token.token_id for token in event.tokens]
-                    yield replace(event, request_id=request.request_id)
+                    yield replace(so_far.add(event), request_id=request.request_id)
                 else:
                     return
             log.warning("%s: attempt %d failed: %s", request.request_id, attempt + 1, error.message)
             avoid |= {self._blame(error, pair)}
-            if not error.retryable:
+            if not error.retryable or so_far.finished(request):
                 break
         assert error is not None
-        yield Failed(request.request_id, error)
+        yield so_far.finished(request) or Failed(request.request_id, error)
 
     # ── one attempt ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _resumed(self, request: GenerateRequest, generated: list[int], attempt: int, spent_s: float) -> GenerateRequest:
+    def _resumed(self, request: GenerateRequest, so_far: SoFar, attempt: int, spent_s: float) -> GenerateRequest:
         return replace(
             request,
             request_id=f"{request.request_id}.{attempt}",
-            token_ids=(*request.token_ids, *generated),
+            token_ids=(*request.token_ids, *so_far.token_ids),
             deadline_s=max(0.001, request.deadline_s - spent_s),
         )
 
     async def _place(self, request: GenerateRequest, avoid: frozenset[WorkerId]) -> Pair:
         started = self._clock()
-        workers = self._view.workers()
+        workers = self._workers()
         outlook = Outlook(await self._match(request, workers), self._sent.tokens, self._sent.requests)
         pair = place(workers, self._demand(request, workers), outlook, avoid=avoid, random=self._random)
         self._metrics.observe_route(self._clock() - started)
         return pair
+
+    def _workers(self) -> tuple[WorkerInfo, ...]:
+        """Asked role by role: suspects are passed over only if somebody of their own role is left."""
+        return self._view.workers(Role.PREFILL) + self._view.workers(Role.DECODE)
 
     async def _match(self, request: GenerateRequest, workers: tuple[WorkerInfo, ...]) -> dict[WorkerId, int]:
         """Pages of the prompt that each prefill worker holds. One look-up per kind of model in the fleet: one."""

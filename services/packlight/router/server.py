@@ -37,8 +37,9 @@ class HttpServer(uvicorn.Server):
 
 def listen(config: RouterConfig) -> socket.socket:
     """Raises StartupError if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        return socket.create_server((config.host, config.port), backlog=1024)
+        return socket.create_server((config.host, config.port), family=family, backlog=1024)
     except OSError as error:
         where = f"{config.host}:{config.port}"
         raise StartupError(
@@ -69,7 +70,8 @@ async def serve_http(app: FastAPI, config: RouterConfig, bound: socket.socket, s
 def ready_message(config: RouterConfig, bound: socket.socket, model: str) -> str:
     """One line that says it is ready, and one to try it with."""
     host, port = bound.getsockname()[:2]
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
     curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
     return f"ready: {model} at {url}/v1\n  {curl}"
@@ -98,13 +100,13 @@ async def serve(
     metrics = RouterMetrics(CollectorRegistry())
     pipeline = Pipeline(config.router, opened.spec, index, view, clients, metrics)
     app = build_app(config, ServedModel(opened.spec, opened.tokenizer), pipeline, metrics)
-    bound = listen(config.router)
-    await view.start()
-    on_progress(ready_message(config.router, bound, opened.spec.name))
-    try:
-        await serve_http(app, config.router, bound, stop)
-    finally:
-        await view.close()
-        await clients.close()
-        await index.close()
-        await fleet.close()
+    with listen(config.router) as bound:
+        await view.start()
+        on_progress(ready_message(config.router, bound, opened.spec.name))
+        try:
+            await serve_http(app, config.router, bound, stop)
+        finally:
+            await view.close()
+            await clients.close()
+            await index.close()
+            await fleet.close()

@@ -1,0 +1,93 @@
+"""A cluster of the real model: it knows its capitals, ships less when asked to, and survives a death unchanged."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.helpers import client_of, decode_in_use
+from tests.support.cluster import running_cluster
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+POOL = str(256 << 20)
+SETTINGS = (
+    "model.path=smollm2",
+    "model.dtype=float32",
+    f"prefill.kv_memory_bytes={POOL}",
+    f"decode.kv_memory_bytes={POOL}",
+    "index.timeout_s=0.25",
+)
+FACTS = "The harbour master of Port Ellen is called Morag. Fishing boats leave at dawn and come back at dusk. "
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    flags = [flag for setting in SETTINGS for flag in ("--set", setting)]
+    with running_cluster("--prefill", "1", "--decode", "2", "--keep-going", *flags) as cluster:
+        yield cluster
+        assert cluster.process.end() == 0
+
+
+@pytest.fixture(scope="module")
+def client(cluster):
+    with client_of(cluster.url) as client:
+        yield client
+
+
+def chat(client, question: str, num_tokens: int = 24, **extra):
+    return client.chat.completions.create(
+        model="smollm2",
+        messages=[{"role": "user", "content": question}],
+        max_tokens=num_tokens,
+        temperature=0,
+        extra_body=extra,
+    )
+
+
+def test_the_capital_of_france(client):
+    answer = chat(client, "What is the capital of France?")
+    assert "Paris" in answer.choices[0].message.content
+    kv = answer.usage.model_extra["kv"]
+    assert kv["recipe"] == "none"
+    assert kv["kept_tokens"] == kv["prompt_tokens"] == answer.usage.prompt_tokens
+
+
+def test_a_packed_answer_ships_less_and_still_answers(client):
+    question = FACTS * 24 + "What is the harbour master called?"
+    answer = chat(client, question, kv={"recipe": "snapkv", "budget": 128, "window": 32})
+    assert 500 < answer.usage.prompt_tokens < 800
+    kv = answer.usage.model_extra["kv"]
+    assert kv["recipe"] == "snapkv"
+    assert kv["kept_tokens"] == 128
+    assert kv["shipped_bytes"] < kv["exact_bytes"] / 3
+    assert 0 < kv["attention_mass_retained"] <= 1
+    assert "Morag" in answer.choices[0].message.content
+
+
+def test_the_exact_kv_stays_behind_for_the_next_question(client):
+    """The packed copy went to decode; prefill still has everything, for the same beginning and another recipe."""
+    question = FACTS * 24 + "When do the boats leave?"
+    chat(client, question, kv={"recipe": "snapkv", "budget": 128, "window": 32})
+    exact = chat(client, question)
+    assert exact.usage.prompt_tokens_details.cached_tokens > 400
+    assert "dawn" in exact.choices[0].message.content
+
+
+def test_a_sampled_answer_is_the_same_when_its_worker_dies_in_between(cluster, client):
+    """The noise of a token depends on the seed and its position only. The last test: one decode worker is left."""
+    request = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "Tell me of a lighthouse."}],
+        "max_tokens": 32,
+        "temperature": 0.8,
+        "seed": 7,
+    }
+    unbroken = client.chat.completions.create(**request).choices[0].message.content
+    text = victim = ""
+    for chunk in client.chat.completions.create(**request, stream=True):
+        text += chunk.choices[0].delta.content or ""
+        if text and not victim:
+            victim = decode_in_use(cluster)
+            cluster.kill(victim)
+    assert victim
+    assert text == unbroken
