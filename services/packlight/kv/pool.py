@@ -13,15 +13,33 @@ Keys are stored after RoPE, so a page can be read without knowing where in the p
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from packlight.core.errors import ConfigError
 from packlight.core.types import ModelSpec
 
+CACHE_LINE_BYTES = 64
+
 
 def block_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
     return page_size * spec.kv_bytes_per_token(dtype.itemsize)
+
+
+def zeros_on_first_touch(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Zeros that take no memory on the CPU until they are written, aligned to cache lines.
+
+    `torch.zeros` writes them all: a pool of gigabytes would then cost seconds at start, and memory that no request has
+    asked for. numpy asks the system for zeroed pages instead."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(num_bytes + CACHE_LINE_BYTES, dtype=np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE_BYTES
+    return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
 
 
 class KVPool:
@@ -33,8 +51,8 @@ class KVPool:
         self.num_blocks, self.page_size, self.dtype = num_blocks, page_size, dtype
         self.num_layers, self.num_kv_heads, self.head_dim = spec.num_layers, spec.num_kv_heads, spec.head_dim
         shape = (num_blocks, self.num_layers, self.num_kv_heads, page_size, self.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = zeros_on_first_touch(shape, dtype, device)
+        self.v = zeros_on_first_touch(shape, dtype, device)
         self.k_pages = self.k.view(-1, page_size, self.head_dim)
         self.v_pages = self.v.view(-1, page_size, self.head_dim)
         self.k_slots = self.k.view(-1, self.head_dim)
