@@ -11,7 +11,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from packlight.attention.reference import ReferenceAttention
-from packlight.core.config import DecodeConfig, PrefillConfig
+from packlight.core.config import PrefillConfig
 from packlight.core.errors import (
     DeadlineExceeded,
     Draining,
@@ -42,7 +42,7 @@ from packlight.models.fake_spec import fake_spec
 from packlight.prefill.worker import PrefillWorker
 from packlight.telemetry.metrics import PrefillMetrics
 from packlight.wire.prefill import GrpcPrefillClient, prefill_handler
-from tests.support.cluster import loopback
+from tests.support.cluster import Later, loopback
 from tests.support.fake_pair import answer, collect, fake_pair, make_request, running, until
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -109,8 +109,8 @@ async def test_every_way_ships_the_same_bytes():
 
 
 async def test_a_decode_worker_cannot_tell_the_difference(reach):
-    async with fake_pair() as pair, reach(pair.prefill) as client:
-        pair.decode._fetcher._clients = lambda worker_id, address: client
+    later = Later()
+    async with fake_pair(client=lambda _: later) as pair, reach(pair.prefill) as later.target:
         assert await answer(pair.decode, make_request(LONG, 9)) == fake_answer(LONG, 9)
 
 
@@ -353,9 +353,9 @@ async def test_a_server_that_stops_loses_its_calls_and_serves_again_when_it_is_b
 
 
 async def test_a_lost_prefill_worker_fails_the_answer_and_frees_decodes_pages():
-    async with fake_pair(decode=DecodeConfig()) as pair, loopback(prefill_handler(pair.prefill)) as (server, channel):
-        client = GrpcPrefillClient(channel, "prefill-0")
-        pair.decode._fetcher._clients = lambda worker_id, address: client
+    later = Later()
+    async with fake_pair(client=lambda _: later) as pair, loopback(prefill_handler(pair.prefill)) as (server, channel):
+        later.target = GrpcPrefillClient(channel, "prefill-0")
         pair.prefill_gate.is_open = False
         waiting = asyncio.create_task(collect(pair.decode, make_request(PROMPT)))
         await until(lambda: pair.prefill.num_unfinished == 1)

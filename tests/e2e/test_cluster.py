@@ -208,7 +208,7 @@ def test_a_cluster_that_is_killed_takes_its_processes_with_it():
 
 def test_a_cluster_whose_workers_cannot_start_says_why():
     with running_process(
-        [sys.executable, str(CLUSTER), "--port", "0", "--set", "model.path=/no/such/model"]
+        [sys.executable, str(CLUSTER), "--prefill", "1", "--decode", "1", "--set", "model.path=/no/such/model"]
     ) as process:
         assert process.popen.wait(60) == 1
         assert "model.path '/no/such/model': no such folder or file" in process.output

@@ -17,7 +17,7 @@ from packlight.models.fake import fake_answer
 from packlight.wire.channel import Channels
 from packlight.wire.decode import GrpcDecodeClient, decode_handler
 from packlight.wire.prefill import GrpcPrefillClient, prefill_handler
-from tests.support.cluster import Process, loopback, running_worker
+from tests.support.cluster import Later, Process, loopback, running_worker
 from tests.support.fake_pair import answer, collect, fake_pair, make_request, until
 
 pytestmark = pytest.mark.e2e
@@ -40,9 +40,8 @@ def slow_prefill():
 async def decode_with(address: str, wrap=lambda client: client):
     """A decode worker here whose prefill worker is the process at `address`."""
     channels = Channels()
-    async with fake_pair(decode_blocks=20_000) as pair:
-        client = wrap(GrpcPrefillClient(channels.get(address), "prefill-0"))
-        pair.decode._fetcher._clients = lambda worker_id, address: client
+    client = wrap(GrpcPrefillClient(channels.get(address), "prefill-0"))
+    async with fake_pair(decode_blocks=20_000, client=lambda _: client) as pair:
         yield pair
         assert pair.decode.load().num_free_pages == pair.decode.load().num_total_pages
     await channels.close()
@@ -152,13 +151,14 @@ async def test_a_prefill_worker_killed_while_it_computes(slow_prefill):
 
 async def test_connections_that_are_quiet_for_long_stay():
     """Three keepalive pings (one every 2 s) that a server did not expect would end them."""
+    later = Later()
     async with (
-        fake_pair() as pair,
+        fake_pair(client=lambda _: later) as pair,
         loopback(decode_handler(pair.decode)) as (_, to_decode),
         loopback(prefill_handler(pair.prefill)) as (_, to_prefill),
     ):
         client = GrpcDecodeClient(to_decode, "decode-0")
-        pair.decode._fetcher._clients = lambda worker_id, address: GrpcPrefillClient(to_prefill, worker_id)
+        later.target = GrpcPrefillClient(to_prefill, "prefill-0")
         pair.prefill_gate.is_open = False
         quiet = asyncio.create_task(answer(client, make_request(PROMPT)))
         await asyncio.sleep(9.5)

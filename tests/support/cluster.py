@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,8 @@ from typing import Any
 import grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from packlight.core.shipping import PrefillClient, PrefillEvent
+from packlight.core.types import PrefillRequest
 from packlight.wire.channel import Channels, start_server
 from tests.support.redis_servers import find_binary
 
@@ -60,6 +62,15 @@ async def loopback(handler: grpc.GenericRpcHandler) -> AsyncIterator[tuple[Loopb
     finally:
         await channels.close()
         await loopback_server.stop()
+
+
+class Later:
+    """A prefill client that is decided on once there is a server to reach."""
+
+    target: PrefillClient
+
+    def prefill(self, request: PrefillRequest) -> AsyncGenerator[PrefillEvent, None]:
+        return self.target.prefill(request)
 
 
 class Process:
