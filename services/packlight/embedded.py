@@ -110,7 +110,7 @@ async def serve(config: Config, stop: asyncio.Event, on_progress: Callable[[str]
         await embedded.start()
         engine = asyncio.create_task(embedded.run())
         http = asyncio.create_task(serve_http(embedded.app, config.router, bound, stop))
-        on_progress(ready_message(config.router, bound, opened.spec.name))
+        on_progress(ready_message(bound, opened.spec.name))
         try:
             await asyncio.wait([engine, http], return_when=asyncio.FIRST_COMPLETED)
             if engine.done():

@@ -28,13 +28,15 @@ from packlight.core.types import (
     GenerateEvent,
     GenerateRequest,
     Progress,
+    Role,
     SamplingParams,
     StopRules,
     Tokens,
+    WorkerInfo,
 )
 from packlight.decode.worker import DecodeWorker
 from packlight.models.fake import fake_answer
-from packlight.router.clients import DecodeClient
+from packlight.router.clients import DecodeClient, GrpcDecodeClients
 from packlight.wire.decode import SERVICE, GrpcDecodeClient, decode_handler
 from packlight.wire.events import event_from_proto
 from packlight.wire.requests import generate_to_proto
@@ -411,3 +413,44 @@ async def test_a_server_that_stops_loses_every_request_and_serves_again_when_it_
         await server.start_again()
         assert await answer(client, make_request(PROMPT)) == fake_answer(PROMPT, 8)
         await client.close()
+
+
+# ── the router's clients, one for each life of a worker ──────────────────────────────────────────────────────────────
+
+
+def info(address: str, generation: int) -> WorkerInfo:
+    return WorkerInfo(DECODE_ID, generation, Role.DECODE, address, "fake", "f", "c")
+
+
+async def test_a_worker_that_starts_again_gets_a_fresh_client():
+    async with fake_pair() as pair, loopback(decode_handler(pair.decode)) as (server, _):
+        clients = GrpcDecodeClients()
+        first, second = info(server.address, 1), info(server.address, 2)
+        client = clients.get(first)
+        assert clients.get(replace(first, draining=True)) is client
+        assert await answer(client, make_request(PROMPT, request_id="1")) == fake_answer(PROMPT, 8)
+        await server.stop()
+        assert isinstance(await failure(client, make_request(PROMPT, request_id="2")), WorkerLost)
+        await server.start_again()
+        assert clients.get(second) is not client
+        # At once, whatever the old connection thinks of the address.
+        assert await answer(clients.get(second), make_request(PROMPT, request_id="3")) == fake_answer(PROMPT, 8)
+        await clients.forget(first)
+        assert await answer(clients.get(second), make_request(PROMPT, request_id="4")) == fake_answer(PROMPT, 8)
+        await clients.close()
+
+
+async def test_forgetting_a_worker_closes_its_connection_but_not_on_an_answer():
+    """It may only have been silent: off the board, and still answering."""
+    async with fake_pair() as pair, loopback(decode_handler(pair.decode)) as (server, _):
+        clients, worker = GrpcDecodeClients(), info(server.address, 1)
+        events = await begin(clients.get(worker), make_request(PROMPT, 60, request_id="1"))
+        await clients.forget(worker)
+        assert (await rest_of(events))[0] == fake_answer(PROMPT, 60)[1:]
+        back = clients.get(worker)
+        assert await answer(back, make_request(PROMPT, request_id="2")) == fake_answer(PROMPT, 8)
+        await clients.forget(worker)
+        with pytest.raises(grpc.aio.UsageError, match="closed"):
+            await answer(back, make_request(PROMPT, request_id="3"))
+        await clients.forget(worker)  # nothing is left to forget
+        await clients.close()

@@ -167,8 +167,10 @@ class RunningCluster:
         return next(entry for entry in environ if entry.startswith(b"REDIS_URL=")).decode().removeprefix("REDIS_URL=")
 
     def metrics(self, name: str) -> dict[str, float]:
-        """A worker's samples, labels and all, as `name{label=value}`."""
-        url = self.process.wait_for(rf"(?m)^{name} +\| .* metrics on (http://\S+)$")[1]
+        """The samples of a worker or the router, labels and all, as `name{label=value}`."""
+        url = f"{self.url}/metrics"
+        if name != "router":
+            url = self.process.wait_for(rf"(?m)^{name} +\| .* metrics on (http://\S+)$")[1]
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(url, timeout=5) as reply:
             text = reply.read().decode()

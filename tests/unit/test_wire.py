@@ -71,8 +71,8 @@ def test_varint(value):
     assert read_varint(varint(value), 0) == (value, len(varint(value)))
 
 
-@pytest.mark.parametrize("data", [b"\x2a", b"\x2a\x80", b"\x2a\x05abc", b"\x2a\x01abc"])
-def test_a_cut_chunk_is_corrupt(data):
+@pytest.mark.parametrize("data", [b"\x2a", b"\x2a\x80", b"\x2a\x05abc", b"\x2a\x01abc", b"\x0a\xff", b"\xff\xff"])
+def test_a_cut_event_is_corrupt(data):
     with pytest.raises(errors.ShipmentCorrupt):
         event_from_bytes(data)
 

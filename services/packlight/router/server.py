@@ -67,12 +67,18 @@ async def serve_http(app: FastAPI, config: RouterConfig, bound: socket.socket, s
     await serving
 
 
-def ready_message(config: RouterConfig, bound: socket.socket, model: str) -> str:
-    """One line that says it is ready, and one to try it with."""
+def base_url(bound: socket.socket) -> str:
+    """Where a client on this machine reaches the server."""
     host, port = bound.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def ready_message(bound: socket.socket, model: str) -> str:
+    """One line that says it is ready, and one to try it with."""
+    url = base_url(bound)
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": model, "temperature": 0, "messages": [question]})
     curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
     return f"ready: {model} at {url}/v1\n  {curl}"
 
@@ -102,7 +108,8 @@ async def serve(
     app = build_app(config, ServedModel(opened.spec, opened.tokenizer), pipeline, metrics)
     with listen(config.router) as bound:
         await view.start()
-        on_progress(ready_message(config.router, bound, opened.spec.name))
+        url = base_url(bound)
+        on_progress(f"the router listens on {url}; {url}/health/ready says when a pair of workers can serve")
         try:
             await serve_http(app, config.router, bound, stop)
         finally:
