@@ -10,6 +10,7 @@ from packlight.core.errors import (
     DeadlineExceeded,
     Draining,
     InternalError,
+    InvalidRequest,
     QueueFull,
     RequestNeverFits,
     ShipmentCorrupt,
@@ -259,6 +260,15 @@ async def test_what_never_fits_is_refused_at_once():
             await answer(pair.decode, make_request([1] * 20, 50))
         _, event = await collect(pair.decode, make_request([1] * 20, 1, pack=PackSpec("streaming_llm", 4, None, 1, 1)))
         assert isinstance(event.error, RequestNeverFits)  # decode could hold the packed KV, prefill not the exact
+
+
+@pytest.mark.parametrize("prompt", [[256], [1, 2, 70_000], [-1], []])
+async def test_tokens_the_model_does_not_have_are_refused_before_any_step(prompt):
+    async with fake_pair() as pair:
+        with pytest.raises(InvalidRequest):
+            await answer(pair.decode, make_request(prompt))
+        assert pair.prefill_gate.num_steps == 0
+        assert await answer(pair.decode, make_request(PROMPT)) == fake_answer(PROMPT, 8)
 
 
 async def test_draining_refuses_new_and_finishes_old():

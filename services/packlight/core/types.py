@@ -10,10 +10,11 @@ Life of a request, and the events that report it:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from packlight.core.errors import PacklightError
+from packlight.core.errors import InvalidRequest, PacklightError
 
 RequestId = str
 WorkerId = str
@@ -243,6 +244,15 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     dtype: str
     sliding_windows: tuple[int | None, ...] = ()
+
+    def check_prompt(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """Raise InvalidRequest for tokens the model does not have: they would fail a whole step, not one request."""
+        if not 1 <= num_prompt_tokens <= len(token_ids):
+            raise InvalidRequest(f"the prompt has {num_prompt_tokens} of {len(token_ids)} tokens: at least 1 is needed")
+        largest, smallest = max(token_ids), min(token_ids)
+        if smallest < 0 or largest >= self.vocab_size:
+            wrong = smallest if smallest < 0 else largest
+            raise InvalidRequest(f"token id {wrong} is not in the vocabulary, which ends at {self.vocab_size - 1}")
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of exact K and V of one token over all layers."""

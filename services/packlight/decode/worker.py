@@ -288,6 +288,7 @@ class DecodeWorker:
             raise Draining("this decode worker is shutting down", retry_after_s=1.0)
         if len(self._queue) >= self._config.max_queue:
             raise QueueFull(f"decode queue is full ({self._config.max_queue} requests wait)", retry_after_s=1.0)
+        self._runner.model.spec.check_prompt(request.token_ids, request.num_prompt_tokens)
         num_pages = pages_needed(request, self._runner.model.spec, self._runner.pool.page_size)
         check_fits(num_pages, self._reservations.num_total)
         return Task(request, sink, num_pages, arrived_s=self._clock())

@@ -284,6 +284,7 @@ class PrefillWorker:
             raise Draining("this prefill worker is shutting down", retry_after_s=1.0)
         if len(self._queue) >= self._config.max_queue:
             raise QueueFull(f"prefill queue is full ({self._config.max_queue} requests wait)", retry_after_s=1.0)
+        self._runner.model.spec.check_prompt(request.token_ids, request.num_prompt_tokens)
         num_blocks = -(-len(request.token_ids) // self._runner.pool.page_size)
         if num_blocks > self._book.num_pages:
             raise RequestNeverFits(
