@@ -28,6 +28,8 @@ CLIENT = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 2000),  # despite its name: how long one attempt to connect may take
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Else a new channel inherits the failures, and the waiting, of an older one to the same address.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 SERVER = [*COMMON, ("grpc.http2.min_ping_interval_without_data_ms", 500), ("grpc.so_reuseport", 0)]
 
