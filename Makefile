@@ -39,7 +39,7 @@ check: setup ## Formatting, lint, types, import direction, and generated files t
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) proto docs
-	git diff --exit-code -- services/packlight/wire/v1 docs/configuration.md docs/metrics.md README.md
+	git diff --exit-code -- services/packlight/wire/v1 docs/configuration.md docs/recipes.md docs/metrics.md README.md
 
 fmt: setup ## Format and fix what can be fixed
 	$(BIN)/ruff format .
@@ -49,7 +49,7 @@ proto: setup ## Regenerate the gRPC stubs
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=services --pyi_out=services --grpc_python_out=services \
 		proto/packlight/wire/v1/*.proto
 
-docs: setup ## Regenerate docs/configuration.md, docs/metrics.md and the README's recipe table
+docs: setup ## Regenerate docs/configuration.md, docs/recipes.md, docs/metrics.md and the README's recipe table
 	$(BIN)/python docs/generate.py
 
 clean: ## Remove .venv and caches

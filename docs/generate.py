@@ -1,4 +1,5 @@
-"""Writes what is generated in the documentation: `docs/configuration.md`, `docs/metrics.md`, the README's recipe table.
+"""Writes what is generated in the documentation: `docs/configuration.md`, `docs/recipes.md`, `docs/metrics.md`, and the
+README's recipe table.
 
 `make docs` runs it; `make check` runs it and fails if anything differs from what is committed.
 """
@@ -9,10 +10,12 @@ import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from recipe_page import recipes_page
 
 from packlight.compress.recipes import recipe_table_markdown
 from packlight.core.config import Config
@@ -38,6 +41,7 @@ type or a value out of range stops the process at start, with the path, the valu
 
 def main() -> None:
     write(ROOT / "docs" / "configuration.md", GENERATED + CONFIGURATION + "\n".join(section_tables(Config)))
+    write(ROOT / "docs" / "recipes.md", GENERATED + recipes_page())
     write(ROOT / "docs" / "metrics.md", GENERATED + catalogue_markdown())
     replace_marked(ROOT / "README.md", "recipes", recipe_table_markdown())
 
@@ -49,22 +53,50 @@ def section_tables(model: type[BaseModel], path: str = "") -> Iterator[str]:
         yield "| setting | type | default | meaning |\n|---|---|---|---|"
         yield "\n".join(row(f"{path}.{name}" if path else name, field) for name, field in leaves.items()) + "\n"
     for name, field in model.model_fields.items():
+        below = f"{path}.{name}" if path else name
         if is_section(field):
             assert field.annotation is not None
-            yield from section_tables(field.annotation, name)
+            yield from section_tables(field.annotation, below)
+        elif (row_model := row_model_of(field)) is not None:
+            yield from row_tables(row_model, below, field)
+
+
+def row_tables(model: type[BaseModel], path: str, field: FieldInfo) -> Iterator[str]:
+    """A setting that is a table: the settings of one row, and the rows there are by default."""
+    yield f"## {path}\n"
+    yield "| setting of a row | type | default | meaning |\n|---|---|---|---|"
+    yield "\n".join(row(name, column) for name, column in model.model_fields.items()) + "\n"
+    tree: Any = [one.model_dump(mode="json", exclude_none=True) for one in field.default]
+    for name in reversed(path.split(".")):
+        tree = {name: tree}
+    yield f"```yaml\n{yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)}```\n"
 
 
 def is_section(field: FieldInfo) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 
 
+def row_model_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The type of a row, where the setting is a list of sections."""
+    item = next(iter(get_args(field.annotation)), None)
+    return item if isinstance(item, type) and issubclass(item, BaseModel) else None
+
+
 def row(path: str, field: FieldInfo) -> str:
-    default = "none" if field.default is None else getattr(field.default, "value", field.default)
-    return f"| `{path}` | {type_name(field)} | `{default}` | {field.description} |"
+    default = f"`{shown_default(field)}`" if not field.is_required() else "-"
+    return f"| `{path}` | {type_name(field)} | {default} | {field.description} |"
+
+
+def shown_default(field: FieldInfo) -> object:
+    if row_model_of(field) is not None:
+        return "see below"
+    return "null" if field.default is None else getattr(field.default, "value", field.default)
 
 
 def type_name(field: FieldInfo) -> str:
     annotation: Any = field.annotation
+    if row_model_of(field) is not None:
+        return "list of rows"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return " \\| ".join(member.value for member in annotation)
     name = getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)

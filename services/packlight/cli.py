@@ -19,6 +19,7 @@ import yaml
 from packlight import __version__
 from packlight.core.config import Config, build_config
 from packlight.core.errors import ConfigError, StartupError
+from packlight.evaluate import command as evaluation
 from packlight.telemetry.logs import set_up_logging
 
 ROLES = {
@@ -26,6 +27,7 @@ ROLES = {
     "router": "the HTTP API in front of a fleet",
     "prefill": "a prefill worker of a fleet",
     "decode": "a decode worker of a fleet",
+    "eval": evaluation.SUMMARY,
     "config": "print the effective configuration and exit",
 }
 
@@ -33,12 +35,17 @@ ROLES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. 0 after a clean end, 2 for a wrong flag, file or model."""
     arguments = _parser().parse_args(argv)
+    # OpenMP reads its environment when torch is imported. By default its threads spin while they wait, and as soon as
+    # anything else runs on the cores a step takes twenty times as long (docs/benchmarks.md); asleep they cost 10 %.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         config = load_config(arguments.config, arguments.set)
         if arguments.role == "config":
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             return 0
         set_up_logging(config.log_level)
+        if arguments.role == "eval":
+            return evaluation.run(arguments, config, sys.argv[1:] if argv is None else argv)
         asyncio.run(_run(arguments.role, config))
     except StartupError as error:
         print(f"packlight {arguments.role}: {error.message}", file=sys.stderr)
@@ -71,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         command = roles.add_parser(role, help=summary, description=summary)
         command.add_argument("--config", metavar="FILE", help="YAML, see docs/configuration.md")
         command.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one setting, repeatable")
+        if role == "eval":
+            evaluation.add_arguments(command)
     return parser
 
 
@@ -82,11 +91,7 @@ async def _run(role: str, config: Config) -> None:
 
 
 def _entry(role: str) -> Callable[[Config, asyncio.Event, Callable[[str], None]], Awaitable[None]]:
-    """Imports one role only: the router must start without torch.
-
-    OpenMP reads its environment when torch is imported. By default its threads spin while they wait, and as soon as
-    anything else runs on the cores a step takes twenty times as long (docs/benchmarks.md); asleep they cost 10 %."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Imports one role only: the router must start without torch."""
     if role == "serve":
         from packlight.embedded import serve as serve_embedded
 

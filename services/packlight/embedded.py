@@ -65,8 +65,8 @@ class Embedded:
         self.index = build_index(IndexConfig(backend="memory"), {}, time.monotonic)
         fleet = build_fleet(FleetConfig(backend="memory", ttl_s=config.fleet.ttl_s), {}, time.monotonic)
         holder = Holder(PREFILL_ID, 1)
-        self._publisher = Publisher(self.index, self.spec.fingerprint, holder, self.prefill.cache.prefixes)
-        self.prefill.inventory = self._publisher
+        self._publisher = Publisher(self.index, self.spec.fingerprint, holder, self.prefill.blocks.cache.prefixes)
+        self.prefill.blocks.inventory = self._publisher
         page_size, period_s = config.kv.page_size, config.fleet.heartbeat_s
         prefill_identity = Identity(PREFILL_ID, 1, Role.PREFILL, "in-process")
         decode_identity = Identity(DECODE_ID, 1, Role.DECODE, "in-process")

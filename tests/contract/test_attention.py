@@ -1,32 +1,40 @@
 """Every attention backend does what the reference does: random ragged batches over poisoned pools.
 
-The reference itself is held against a materialised softmax over plain contiguous tensors (`oracle`).
+The reference itself is held against a materialised softmax over plain contiguous tensors (`oracle`,
+`PagedRows.expected`). Decoding is tested with every page reader there is, and with one whose scores are given.
 """
 
 import numpy as np
 import pytest
 import torch
 
-from packlight.attention.base import DecodeBatch, PrefillBatch, PrefillChunk
+from packlight.attention.base import PrefillBatch, PrefillChunk
 from packlight.attention.registry import BACKENDS
-from packlight.core.types import ModelSpec
+from packlight.compress.codecs.native import NativeCodec
+from packlight.compress.readers.freekv import FreeKVReader
+from packlight.compress.readers.hsa import HSAReader
+from packlight.compress.readers.quest import QuestReader
 from packlight.kv.pages import PageBook
 from packlight.kv.pool import KVPool
-from packlight.kv.table import HeadPageTable
+from packlight.kv.reading import Reading
+from tests.support.paged_rows import SCALE, PagedRows, bounds_of, chosen_pages, model_spec
 
-LAYERS, PAGE, DIM, SCALE = 2, 4, 8, 0.3
+LAYERS, PAGE, DIM = 2, 4, 8
 NON_CUDA = [name for name in BACKENDS if name != "flashinfer"]
-
-
-def spec(num_kv_heads):
-    return ModelSpec("m", "f", LAYERS, num_kv_heads, DIM, 10, 100, (), "float32", (None,) * LAYERS)
+GROUPS = [(4, 2), (3, 3), (6, 1)]
 
 
 def make_pool(num_kv_heads, dtype=torch.float32, num_blocks=64):
-    pool = KVPool(spec(num_kv_heads), num_blocks=num_blocks, page_size=PAGE, dtype=dtype)
+    pool = KVPool(model_spec(LAYERS, num_kv_heads, DIM), num_blocks=num_blocks, page_size=PAGE, dtype=dtype)
     pool.k.fill_(1e4)  # what is not stored must not matter; finite, because a page's tail is multiplied by zero
     pool.v.fill_(1e4)
     return pool
+
+
+def make_rows(num_heads=4, num_kv_heads=2, *, num_rows=3, num_layers=LAYERS, low=30, high=60, **how):
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(low, high, (num_rows, num_layers, num_kv_heads)).tolist()
+    return PagedRows(lengths, num_heads=num_heads, **how)
 
 
 def oracle(q_THD, k_SKD, v_SKD, first_row, window):
@@ -86,51 +94,240 @@ def test_prefill_in_ragged_chunks_is_one_causal_attention(backend, window, num_h
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (3, 3), (6, 1)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), GROUPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_over_ragged_head_pages(backend, window, num_heads, num_kv_heads, dtype):
     """Each (request, layer, head) has its own stored tokens; several steps append to them."""
-    generator = torch.Generator().manual_seed(1)
-    rng = np.random.default_rng(1)
-    pool = make_pool(num_kv_heads, dtype)
-    table = HeadPageTable(
-        PageBook(pool.num_head_pages), num_rows=4, num_layers=LAYERS, num_kv_heads=num_kv_heads, page_size=PAGE
-    )
-    rows = [table.open() for _ in range(3)]
-    stored = {}
-    for row in rows:
-        for layer in range(LAYERS):
-            lengths = rng.integers(1, 15, num_kv_heads).tolist()
-            pages = iter(table.fill_layer(row, layer, lengths).tolist())
-            for head, length in enumerate(lengths):
-                k, v = (torch.randn(length, DIM, generator=generator).to(dtype) for _ in range(2))
-                stored[row, layer, head] = (k, v)
-                for start in range(0, length, PAGE):
-                    page = next(pages)
-                    pool.k_pages[page, : min(PAGE, length - start)] = k[start : start + PAGE]
-                    pool.v_pages[page, : min(PAGE, length - start)] = v[start : start + PAGE]
+    paged = make_rows(num_heads, num_kv_heads, dtype=dtype, low=1, high=15)
+    rows = paged.rows[::-1]
     for _ in range(6):
-        batch_rows = rows[::-1]
-        table.grow(batch_rows)
-        plan = backend.plan(DecodeBatch(pool, table, tuple(batch_rows)))
+        tokens = paged.new_tokens(rows)
+        out = paged.step(backend, rows, tokens=tokens, windows=[window] * LAYERS)
+        assert out.dtype == dtype
         for layer in range(LAYERS):
-            q = torch.randn(3, num_heads, DIM, generator=generator).to(dtype)
-            k, v = (torch.randn(3, num_kv_heads, DIM, generator=generator).to(dtype) for _ in range(2))
-            out = plan.attend(layer, q, k, v, scale=SCALE, sliding_window=window)
-            assert out.dtype == dtype
-            for index, row in enumerate(batch_rows):
-                for head in range(num_kv_heads):
-                    old_k, old_v = stored[row, layer, head]
-                    stored[row, layer, head] = (
-                        torch.cat([old_k, k[index, head][None]]),
-                        torch.cat([old_v, v[index, head][None]]),
-                    )
-                    group = num_heads // num_kv_heads
-                    heads = slice(head * group, (head + 1) * group)
-                    k_SKD, v_SKD = (x[:, None] for x in stored[row, layer, head])
-                    expected = oracle(q[index : index + 1, heads], k_SKD, v_SKD, len(k_SKD) - 1, window)
-                    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
-                    torch.testing.assert_close(
-                        out[index, heads].float(), expected[0].float(), atol=tolerance, rtol=tolerance
-                    )
-        table.advance(batch_rows)
+            for index, row in enumerate(rows):
+                expected = paged.expected(row, layer, tokens[0][layer, index], window=window)
+                tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+                torch.testing.assert_close(out[layer, index].float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_new_token_may_take_the_place_of_a_stored_one(backend):
+    """What eviction while decoding needs: the head keeps its length, and the victim is not seen again."""
+    paged = PagedRows([[[9, 4], [8, 13]]], num_heads=4)
+    row = paged.rows[0]
+    for places in ([[2, -1], [7, 0]], [[8, 4], [-1, 12]], [[-1, -1], [-1, -1]]):
+        paged.table.overwrite[row] = places
+        tokens = paged.new_tokens([row])
+        out = paged.step(backend, [row], tokens=tokens)
+        for layer in range(LAYERS):
+            torch.testing.assert_close(out[layer, 0], paged.expected(row, layer, tokens[0][layer, 0]))
+    assert paged.table.lengths[row].tolist() == [[10, 6], [10, 14]]
+
+
+def test_pages_of_others_are_not_read(backend):
+    """Not even to be masked: NaN times zero is NaN. Heads of a batch differ in length, and shorter ones have no page
+    where longer ones have one."""
+    paged = make_rows(low=1)
+    paged.table.grow(paged.rows)
+    held = np.concatenate([paged.table.held(row) for row in paged.rows[:2]])
+    others = np.setdiff1d(np.arange(paged.pool.num_head_pages), held)
+    paged.pool.k_pages[others] = paged.pool.v_pages[others] = torch.nan
+    for index in np.ndindex(paged.table.lengths.shape):
+        paged.table.pages[index][paged.table.lengths[index] // PAGE + 1 :] = others[0]
+    assert paged.step(backend, paged.rows[:2]).isfinite().all()
+
+
+def test_a_pool_of_coded_pages_is_read_like_a_plain_one(backend):
+    coded, plain = make_rows(codec=NativeCodec()), make_rows()
+    reads = [None, Reading(QuestReader(), 4), Reading(HSAReader(num_dims=DIM), 50)]
+    for _ in range(6):
+        tokens = plain.new_tokens(plain.rows)
+        assert torch.equal(
+            coded.step(backend, coded.rows, reads, tokens), plain.step(backend, plain.rows, reads, tokens)
+        )
+
+
+def test_layers_are_reported_in_order_once_they_are_attended(backend):
+    paged = PagedRows([[[5], [7]]], num_heads=2)
+    tokens, seen = paged.new_tokens(paged.rows), []
+
+    def on_layer(layer, q_THD, scale):
+        page, offset = divmod([5, 7][layer], PAGE)
+        stored = paged.pool.k_pages[paged.table.pages[0, layer, 0, page], offset]
+        seen.append((layer, torch.equal(q_THD, tokens[0][layer]), scale, torch.equal(stored, tokens[1][layer, 0, 0])))
+
+    paged.step(backend, paged.rows, tokens=tokens, on_layer=on_layer)
+    assert seen == [(0, True, SCALE, True), (1, True, SCALE, True)]
+
+
+# ── reading some of the pages ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class GivenScores:
+    """A reader that was told everything beforehand: `scores[row][layer]` is [K, M]."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def score(self, query):
+        shape = query.num_tokens_BKM.shape
+        scores = torch.zeros(shape)
+        for index, row in enumerate(query.rows):
+            given = self.scores[row][query.layer]
+            scores[index] = given[:, : shape[-1]]
+        return scores
+
+    def forget(self, row):
+        pass
+
+
+class Recorded:
+    """Another reader's scores, kept by (row, layer)."""
+
+    def __init__(self, reader):
+        self.reader, self.scores = reader, {}
+
+    def score(self, query):
+        scores = self.reader.score(query)
+        for index, row in enumerate(query.rows):
+            self.scores[row, query.layer] = scores[index].tolist()
+        return scores
+
+    def forget(self, row):
+        self.reader.forget(row)
+
+
+MAKE_READER = {
+    "quest": QuestReader,
+    "hsa": lambda: HSAReader(num_dims=5),
+    "freekv": lambda: FreeKVReader(cosine=0.8, num_rows=8),
+}
+
+
+@pytest.fixture(params=MAKE_READER)
+def make_reader(request):
+    return MAKE_READER[request.param]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), GROUPS)
+@pytest.mark.parametrize("budget", [2, 3, 7])
+def test_given_scores_decide_what_is_read_and_nothing_else_is_touched(backend, num_heads, num_kv_heads, budget):
+    """Few distinct scores, so that ties decide; heads shorter than the budget; NaN on every page that is left out."""
+    paged = make_rows(num_heads, num_kv_heads, low=1)
+    generator = torch.Generator().manual_seed(budget)
+    values = torch.tensor([-1e30, -2.0, -0.0, 0.0, 0.5, 3e38])
+    scores = {
+        row: [values[torch.randint(6, (num_kv_heads, 32), generator=generator)] for _ in range(LAYERS)]
+        for row in paged.rows
+    }
+    paged.table.grow(paged.rows)
+    chosen, left_out = {}, []
+    for row in paged.rows:
+        for layer in range(LAYERS):
+            for head in range(num_kv_heads):
+                num_pages = len(paged.stored[row, layer, head][0]) // PAGE + 1
+                pages = chosen_pages(scores[row][layer][head].tolist(), num_pages, budget)
+                assert len(pages) == min(budget, num_pages)
+                chosen[row, layer, head] = pages
+                ids = paged.table.pages[row, layer, head, :num_pages]
+                left_out += [page for ordinal, page in enumerate(ids) if ordinal not in pages]
+    paged.pool.k_pages[left_out] = paged.pool.v_pages[left_out] = torch.nan
+    tokens = paged.new_tokens(paged.rows)
+    out = paged.step(backend, paged.rows, [Reading(GivenScores(scores), budget)] * 3, tokens)
+    assert left_out
+    for layer in range(LAYERS):
+        for index, row in enumerate(paged.rows):
+            heads = [chosen[row, layer, head] for head in range(num_kv_heads)]
+            expected = paged.expected(row, layer, tokens[0][layer, index], heads)
+            torch.testing.assert_close(out[layer, index], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sparse_output_is_dense_attention_over_the_pages_that_score_best(backend, make_reader, dtype):
+    """Over steps that fill pages and begin new ones."""
+    paged, reader = make_rows(dtype=dtype), Recorded(make_reader())
+    budgets = dict(zip(paged.rows, (3, 6, 9), strict=True))
+    for _ in range(6):
+        tokens = paged.new_tokens(paged.rows)
+        out = paged.step(backend, paged.rows, [Reading(reader, budgets[row]) for row in paged.rows], tokens)
+        for layer in range(LAYERS):
+            for index, row in enumerate(paged.rows):
+                num_pages = [paged.num_pages(row, layer, head) for head in range(2)]
+                if max(num_pages) <= budgets[row]:
+                    chosen = None
+                else:
+                    scores = reader.scores[row, layer]
+                    chosen = [chosen_pages(scores[head], num_pages[head], budgets[row]) for head in range(2)]
+                expected = paged.expected(row, layer, tokens[0][layer, index], chosen)
+                tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+                torch.testing.assert_close(out[layer, index].float(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_budget_that_covers_all_pages_is_dense_to_the_last_bit(backend, make_reader, dtype):
+    reads, plain = make_rows(dtype=dtype), make_rows(dtype=dtype)
+    reader = make_reader()
+    for _ in range(4):
+        tokens = plain.new_tokens(plain.rows)
+        got = reads.step(backend, reads.rows, [Reading(reader, 17)] * 3, tokens)
+        assert torch.equal(got, plain.step(backend, plain.rows, tokens=tokens))
+
+
+def test_summaries_follow_every_stored_token(backend, make_reader):
+    """Also in layers where the row still reads everything, and for rows beside it that do not need them."""
+    paged = make_rows(low=1)
+    reader = make_reader()
+    reads = [Reading(reader, 4), None, Reading(reader, 50, num_dense_layers=1)]
+    untouched = paged.summaries.read(torch.arange(paged.pool.num_head_pages))
+    for _ in range(9):
+        paged.step(backend, paged.rows, reads)
+    for row, layers in zip(paged.rows, ([0, 1], [], [1]), strict=True):
+        for layer in range(LAYERS):
+            for head in range(2):
+                ids = torch.tensor(paged.page_ids(row, layer, head))
+                expected = bounds_of(paged.stored[row, layer, head][0], PAGE) if layer in layers else untouched[ids]
+                assert torch.equal(paged.summaries.read(ids), expected)
+
+
+def test_first_layers_and_sliding_windows_are_read_densely(backend):
+    """The reader is not even asked there."""
+    paged = make_rows(num_layers=4)
+    reader, tokens = Recorded(QuestReader()), paged.new_tokens(paged.rows)
+    reads = [Reading(reader, 3, num_dense_layers=2)] * 3
+    out = paged.step(backend, paged.rows, reads, tokens, windows=[None, 5, 9, None])
+    assert {layer for _, layer in reader.scores} == {3}
+    for layer, window in enumerate([None, 5, 9]):
+        for index, row in enumerate(paged.rows):
+            expected = paged.expected(row, layer, tokens[0][layer, index], window=window)
+            torch.testing.assert_close(out[layer, index], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_mixed_batch_is_its_parts_run_alone(backend):
+    """Dense rows, two readers, rows that share one: what stands beside a row does not change it."""
+    together, alone = make_rows(num_rows=5), make_rows(num_rows=5)
+    readers = [[MAKE_READER[name]() for name in ("quest", "hsa", "freekv")] for _ in range(2)]
+    pick = [None, 0, 1, 2, 0]
+    mixed, single = ([None if which is None else Reading(own[which], 4) for which in pick] for own in readers)
+    for _ in range(5):
+        tokens = together.new_tokens(together.rows)
+        out = together.step(backend, together.rows, mixed, tokens)
+        for index, row in enumerate(alone.rows):
+            part = [x[:, index : index + 1] for x in tokens]
+            torch.testing.assert_close(
+                out[:, index : index + 1], alone.step(backend, [row], [single[index]], part), atol=1e-6, rtol=1e-5
+            )
+
+
+def test_backends_read_the_same_pages_step_after_step(make_reader):
+    """A reader's memory included: each backend has its own, and asks it in another way."""
+    worlds = [(BACKENDS.load(name)(), make_rows(), make_reader()) for name in NON_CUDA]
+    q = None
+    for _ in range(8):
+        fresh_q, k, v = worlds[0][1].new_tokens(worlds[0][1].rows)
+        q = fresh_q if q is None else 0.9 * q + 0.4 * fresh_q
+        outs = [
+            paged.step(backend, paged.rows, [Reading(reader, budget) for budget in (3, 5, 7)], (q, k, v))
+            for backend, paged, reader in worlds
+        ]
+        for out in outs[1:]:
+            torch.testing.assert_close(out, outs[0], atol=1e-6, rtol=1e-5)

@@ -42,7 +42,7 @@ def request_for(prompt: str, num_tokens: int) -> dict:
         "max_tokens": num_tokens,
         "temperature": 0,
         "logprobs": True,
-        "extra_body": {"min_tokens": num_tokens},
+        "extra_body": {"min_tokens": num_tokens, "kv": {"recipe": "none"}},
     }
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
+from packlight.compress.recipes import CODECS, RECIPES
 from tests.e2e.helpers import client_of, decode_in_use
 from tests.support.cluster import running_cluster
 
@@ -68,9 +71,37 @@ def test_the_exact_kv_stays_behind_for_the_next_question(client):
     """The packed copy went to decode; prefill still has everything, for the same beginning and another recipe."""
     question = FACTS * 24 + "When do the boats leave?"
     chat(client, question, kv={"recipe": "snapkv", "budget": 128, "window": 32})
-    exact = chat(client, question)
+    exact = chat(client, question, kv={"recipe": "none"})
     assert exact.usage.prompt_tokens_details.cached_tokens > 400
     assert "dawn" in exact.choices[0].message.content
+
+
+def test_every_recipe_travels_in_every_codec(client):
+    """Scored, packed, coded, shipped over gRPC between processes, decoded and read: each pair of recipe and codec."""
+    question = FACTS * 6 + "What is the harbour master called?"
+
+    def ask(recipe, codec):
+        given = {"recipe": recipe, "codec": codec}
+        given |= {"ratio": 0.5} if RECIPES[recipe].has_budget else {}
+        given |= {"window": 16} if RECIPES[recipe].drops_tokens else {}
+        return recipe, codec, chat(client, question, num_tokens=12, kv=given)
+
+    pairs = [(recipe, codec) for recipe in RECIPES for codec in CODECS]
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda pair: ask(*pair), pairs))
+    shipped = {}
+    for recipe, codec, answer in answers:
+        kv = answer.usage.model_extra["kv"]
+        assert (kv["recipe"], kv["codec"]) == (recipe, codec)
+        assert answer.choices[0].finish_reason in ("stop", "length")
+        dropped = kv["kept_tokens"] < kv["prompt_tokens"]
+        assert dropped == (RECIPES[recipe].drops_tokens and recipe != "mass"), recipe
+        shipped[recipe, codec] = kv["shipped_bytes"]
+        if codec == "native" and not dropped:
+            assert "Morag" in answer.choices[0].message.content, recipe
+    for recipe in RECIPES:
+        sizes = [shipped[recipe, codec] for codec in ("native", "bf16", "int8", "int4", "turboquant4", "turboquant2")]
+        assert sizes == sorted(sizes, reverse=True), recipe
 
 
 def test_a_sampled_answer_is_the_same_when_its_worker_dies_in_between(cluster, client):

@@ -62,8 +62,8 @@ class FakePair:
         self.decode.check()
         assert self.prefill.num_unfinished == 0
         assert self.decode.num_unfinished == 0
-        assert self.prefill._book.num_held == 0
-        assert self.decode._book.num_free == self.decode._book.num_pages
+        assert self.prefill.blocks.book.num_held == 0
+        assert self.decode._memory.book.num_free == self.decode._memory.book.num_pages
 
 
 def fake_runner(bias: int, num_blocks: int, gate: Callable[[], None]) -> Runner:

@@ -198,8 +198,8 @@ def _prefill_member(number: int, config: PrefillConfig, index: PrefixIndex) -> M
     runner = fake_runner(PREFILL_BIAS, 64, gate)
     worker = PrefillWorker(config, runner, compute, metrics=PrefillMetrics(CollectorRegistry()))
     holder = Holder(worker_id, 1)
-    publisher = Publisher(index, fake_spec().fingerprint, holder, worker.cache.prefixes)
-    worker.inventory = publisher
+    publisher = Publisher(index, fake_spec().fingerprint, holder, worker.blocks.cache.prefixes)
+    worker.blocks.inventory = publisher
     identity = Identity(worker_id, 1, Role.PREFILL, f"{worker_id}:1")
     return Member(worker, Link(worker, worker_id), gate, compute, identity, publisher)
 

@@ -14,8 +14,9 @@ from packlight.attention.sdpa import SdpaAttention
 from packlight.core.config import DecodeConfig, PrefillConfig
 from packlight.core.types import GenerateRequest, PackSpec, SamplingParams, StopRules
 from packlight.decode.worker import DecodeWorker
+from packlight.engine.build import packed_pool
 from packlight.engine.compute import Compute
-from packlight.engine.runner import Runner
+from packlight.engine.runner import DecodeRunner, Runner
 from packlight.kv.pool import KVPool
 from packlight.models.base import LanguageModel
 from packlight.prefill.worker import PrefillWorker
@@ -32,38 +33,37 @@ class RealPair:
     decode_logits: list[Tensor]
 
 
-class RecordingRunner(Runner):
+class RecordingRunner(DecodeRunner):
     """Keeps the logits of every decode step."""
 
     def __init__(self, *args, into: list[Tensor]) -> None:
         super().__init__(*args)
         self._into = into
 
-    def decode(self, *args) -> Tensor:
-        logits = super().decode(*args)
+    def decode(self, *args, **kwargs) -> Tensor:
+        logits = super().decode(*args, **kwargs)
         self._into.append(logits)
         return logits
 
 
 @contextlib.asynccontextmanager
 async def real_pair(
-    model: LanguageModel, *, chunk_tokens: int = 512, num_tokens: int = 9000
+    model: LanguageModel, *, chunk_tokens: int = 512, num_tokens: int = 9000, kv_codec: str = "native"
 ) -> AsyncIterator[RealPair]:
-    """Two workers that share `model`, with room for `num_tokens` tokens of exact KV each."""
+    """Two workers that share `model`, with as much memory each as `num_tokens` tokens of exact KV take."""
     compute, logits, backend = Compute(), [], SdpaAttention()
-
-    def pool() -> KVPool:
-        return KVPool(model.spec, num_blocks=num_tokens // PAGE, page_size=PAGE, dtype=getattr(torch, model.spec.dtype))
-
+    dtype = getattr(torch, model.spec.dtype)
+    memory_bytes = num_tokens // PAGE * PAGE * model.spec.kv_bytes_per_token(dtype.itemsize)
+    config = DecodeConfig(kv_memory_bytes=memory_bytes, kv_codec=kv_codec)
     prefill = PrefillWorker(
         PrefillConfig(chunk_tokens=chunk_tokens),
-        Runner(model, pool(), backend),
+        Runner(model, KVPool(model.spec, num_blocks=num_tokens // PAGE, page_size=PAGE, dtype=dtype), backend),
         compute,
         metrics=PrefillMetrics(CollectorRegistry()),
     )
     decode = DecodeWorker(
-        DecodeConfig(),
-        RecordingRunner(model, pool(), backend, into=logits),
+        config,
+        RecordingRunner(model, packed_pool(model.spec, "cpu", PAGE, config), backend, into=logits),
         compute,
         lambda worker_id, address: prefill,
         metrics=DecodeMetrics(CollectorRegistry()),
@@ -139,3 +139,48 @@ class MaskedAttention:
             chosen = order[: budget - pack.window - pack.sinks]
             kept.append(sorted([*sinks, *chosen, *range(n - pack.window, n)]))
         return kept
+
+
+class EvictingAttention:
+    """Dense attention over one whole sequence, of which every row of the answer sees what H2O (arXiv 2306.14048) has
+    kept until then: per (layer, KV head) a list of positions and their masses, plain Python, one token at a time.
+    Layers with a sliding window see that window.
+
+    Legend as in `MaskedAttention`, S tokens seen."""
+
+    def __init__(self, num_prompt: int, *, budget: int, num_recent: int, num_sinks: int, window: int) -> None:
+        self._num_prompt, self._budget, self._window = num_prompt, budget, window
+        self._num_recent, self._num_sinks = num_recent, num_sinks
+
+    def attend(
+        self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        group = q_THD.shape[1] // k_TKD.shape[1]
+        out_THD = torch.empty_like(q_THD)
+        for head in range(k_TKD.shape[1]):
+            heads = slice(head * group, (head + 1) * group)
+            mass: dict[int, float] = {}
+            for row in range(len(q_THD)):
+                if sliding_window is not None:
+                    mass = dict.fromkeys(range(max(0, row - sliding_window + 1), row), 0.0)
+                elif row >= self._num_prompt:
+                    self._make_room(mass, row)
+                mass[row] = 0.0
+                seen = sorted(mass)
+                scores_GS = q_THD[row, heads].double() @ k_TKD[seen, head].double().T * scale
+                probs_GS = scores_GS.softmax(-1)
+                out_THD[row, heads] = (probs_GS @ v_TKD[seen, head].double()).to(q_THD.dtype)
+                for position, share in zip(seen, probs_GS.sum(0).tolist(), strict=True):
+                    mass[position] += share
+        return out_THD
+
+    def _make_room(self, mass: dict[int, float], row: int) -> None:
+        if row == self._num_prompt:
+            while len(mass) > self._budget:
+                self._evict(mass, max(self._num_recent, self._window))
+        while len(mass) >= self._budget:
+            self._evict(mass, self._num_recent)
+
+    def _evict(self, mass: dict[int, float], num_safe: int) -> None:
+        safe = {*range(self._num_sinks), *sorted(mass)[len(mass) - num_safe :]}
+        del mass[min(mass.keys() - safe, key=lambda position: (mass[position], position))]

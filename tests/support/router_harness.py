@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -29,10 +30,23 @@ JSON = {"content-type": "application/json"}
 class Harness:
     """One app with everything it stands on."""
 
-    def __init__(self, script: Script | Sequence[Step] = (), max_context: int = 256, **router_config: Any) -> None:
-        self.config: Config = build_config({"router": router_config})
-        self.model = tiny_model(max_context)
-        self.backend = ScriptedBackend(script)
+    def __init__(
+        self,
+        script: Script | Sequence[Step] = (),
+        max_context: int = 256,
+        *,
+        kv: Mapping[str, Any] | None = None,
+        model: Mapping[str, Any] | None = None,
+        **router_config: Any,
+    ) -> None:
+        """`kv` is that section of the configuration; `model` has fields of the `ModelSpec` that shall be others."""
+        self.config: Config = build_config({"router": router_config, "kv": dict(kv or {})})
+        tiny = tiny_model(max_context)
+        self.model = replace(tiny, spec=replace(tiny.spec, **(model or {})))
+        self.use_backend(ScriptedBackend(script))
+
+    def use_backend(self, backend: ScriptedBackend) -> None:
+        self.backend = backend
         self.registry = CollectorRegistry()
         self.app: FastAPI = build_app(self.config, self.model, self.backend, RouterMetrics(self.registry))
 

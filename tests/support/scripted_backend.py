@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from packlight.compress.policy import Plan
 from packlight.core.errors import PacklightError
 from packlight.core.types import (
     Failed,
@@ -26,7 +27,16 @@ from packlight.core.types import (
 )
 from packlight.router.service import Readiness
 
-KV = KVUsage("snapkv", num_kept_tokens=12.5, shipped_bytes=1000, exact_bytes=8000, retained_mass=0.97)
+KV = KVUsage(
+    "snapkv",
+    num_kept_tokens=12.5,
+    shipped_bytes=1000,
+    exact_bytes=8000,
+    retained_mass=0.97,
+    codec="int8",
+    num_grown_tokens=2.5,
+    num_read_tokens=6.25,
+)
 TIMINGS = Timings(decode_queue_s=0.001, prefill_queue_s=0.002, prefill_s=0.03, select_s=0.004, transfer_s=0.005)
 NUM_CACHED = 3
 
@@ -85,7 +95,7 @@ class ScriptedBackend:
     def readiness(self) -> Readiness:
         return self.readiness_now
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
+    async def generate(self, request: GenerateRequest, plan: Plan | None = None) -> AsyncGenerator[GenerateEvent, None]:
         self.requests.append(request)
         ending = "raised"
         self._note()

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -14,11 +15,13 @@ from packlight.core.errors import (
     QueueFull,
     RequestNeverFits,
     ShipmentCorrupt,
+    ShipmentIncompatible,
     WorkerLost,
 )
 from packlight.core.shipping import Accepted, Chunk, FirstToken, LayerHeader, Shipped
 from packlight.core.types import Failed, Finished, FinishReason, PackSpec, StopRules, Tokens
 from packlight.models.fake import fake_answer
+from packlight.wire.manifest import decode_manifest, encode_manifest
 from tests.support.fake_pair import answer, collect, fake_pair, make_request, until
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -87,6 +90,140 @@ async def test_packed_requests_take_fewer_pages():
             pair.decode_gate.let_all()
             await asyncio.gather(*tasks)
         assert held == [1, 3]
+
+
+# ── reservations follow what really arrives ──────────────────────────────────────────────────────────────────────────
+
+
+def floored(floor, budget=8):
+    """The arithmetic model attends evenly: a floor of 0.5 keeps half of the prompt, and a little more because the
+    window's own tokens are hidden from some of its rows."""
+    return PackSpec("snapkv", budget_tokens=budget, window=4, sinks=2, kernel=1, mass_floor=floor)
+
+
+async def test_a_mass_floor_takes_more_pages_than_the_bound():
+    prompt = [1] * 40
+    async with fake_pair(decode_blocks=16) as pair:
+        pair.decode_gate.is_open = False
+        running = asyncio.create_task(collect(pair.decode, make_request(prompt, 8, pack=floored(0.5))))
+        await until(lambda: pair.decode._memory.book.num_held >= 5)
+        load = pair.decode.load()
+        assert load.num_total_pages - load.num_free_pages == 8  # 21 tokens and 8 new ones; the bound is 8 and 8: 4
+        pair.decode_gate.let_all()
+        _, event = await running
+        assert event.usage.kv.num_kept_tokens == 21
+        assert event.usage.kv.num_grown_tokens == 13
+
+
+async def test_growth_never_waits_and_fails_as_retryable():
+    """One request holds 12 of 16 pages; the other is admitted by its bound of 4 and would need 8."""
+    async with fake_pair(decode_blocks=16) as pair:
+        pair.decode_gate.is_open = False
+        first = asyncio.create_task(answer(pair.decode, make_request([1] * 40, 8, request_id="1")))
+        await until(lambda: pair.decode._memory.book.num_held >= 10)
+        _, event = await collect(pair.decode, make_request([1] * 40, 8, request_id="2", pack=floored(0.5)))
+        assert isinstance(event.error, QueueFull)
+        assert event.error.retryable
+        assert event.error.retry_after_s is not None
+        assert event.error.worker_id is None, "not the prefill worker's fault: the router blames who answered"
+        assert "takes 8 KV head pages so far, 4 are reserved and 0 of 16 are free" in event.error.message
+        assert pair.decode.load().num_free_pages == 4
+        pair.decode_gate.let_all()
+        assert await first == fake_answer([1] * 40, 8)
+
+
+async def test_what_the_floor_can_never_have_is_refused_for_good():
+    async with fake_pair(decode_blocks=6) as pair:
+        _, event = await collect(pair.decode, make_request([1] * 40, 8, pack=floored(0.9)))
+        assert isinstance(event.error, RequestNeverFits)
+        assert not event.error.retryable
+
+
+async def test_what_is_not_needed_lets_others_in():
+    """`mass` reserves the whole prompt and mostly needs less: two run where the bounds would allow one."""
+    pack = PackSpec("mass", budget_tokens=40, window=4, sinks=2, kernel=1, params=(("target", 0.5),))
+    async with fake_pair(decode_blocks=20) as pair:
+        pair.decode_gate.is_open = False
+        requests = [make_request([1] * 41, 8, request_id=str(i), pack=pack) for i in range(2)]
+        tasks = [asyncio.create_task(collect(pair.decode, request)) for request in requests]
+        await until(lambda: pair.decode.load().num_running == 2)
+        pair.decode.check()
+        pair.decode_gate.let_all()
+        for task in tasks:
+            assert (await task)[1].usage.kv.num_kept_tokens == 22
+
+
+# ── eviction while decoding ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def evicting(budget, recent, sinks=2):
+    return PackSpec(
+        "h2o", budget_tokens=budget, window=4, sinks=sinks, kernel=1, params=(("evict", 1.0), ("recent", recent))
+    )
+
+
+def h2o_answer(prompt, num_tokens, budget, recent, sinks=2):
+    """By hand: attention is even, so token j of the prompt has the mass of the rows from j on, 1/1 + 1/2 + ..."""
+    mass = [sum(1 / (row + 1) for row in range(position, len(prompt))) for position in range(len(prompt))]
+    num_recent = int(recent * budget)
+    heavy = sorted(range(sinks, len(prompt) - max(num_recent, 4)), key=lambda p: -mass[p])
+    tail = range(len(prompt) - max(num_recent, 4), len(prompt))
+    stored = {p: (prompt[p], mass[p]) for p in [*range(sinks), *heavy[: budget - sinks - len(tail)], *tail]}
+    answer = [(sum(prompt) + 1) % 256]
+    while len(answer) < num_tokens:
+        if len(stored) == budget:
+            safe = {*range(sinks), *sorted(stored)[budget - num_recent :]}
+            del stored[min(stored.keys() - safe, key=lambda p: (stored[p][1], p))]
+        stored[len(prompt) + len(answer) - 1] = (answer[-1], 0.0)
+        stored = {p: (token, mass + 1 / len(stored)) for p, (token, mass) in stored.items()}
+        answer.append((sum(token for token, _ in stored.values()) + 2) % 256)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("budget", "recent", "transport"), [(12, 0.5, "inproc"), (9, 0.25, "grpc"), (13, 0.0, "inproc")]
+)
+async def test_h2o_goes_on_evicting_while_it_decodes(budget, recent, transport):
+    prompt = [(7 * i) % 50 + 1 for i in range(40)]
+    async with fake_pair(decode=DecodeConfig(transports=[transport])) as pair:
+        pair.decode_gate.is_open = False
+        request = make_request(prompt, 30, pack=evicting(budget, recent))
+        running = asyncio.create_task(collect(pair.decode, request))
+        await until(lambda: pair.decode.load().num_free_pages == 64 - -(-budget // 4))
+        pair.decode_gate.let_all()
+        tokens, event = await running
+    assert tokens == h2o_answer(prompt, 30, budget, recent)
+    assert event.usage.kv.num_kept_tokens == budget
+    assert event.usage.kv.shipped_bytes == -(-budget // 4) * 4 * 2 * 2 * 4 + 4 * budget
+
+
+async def test_evicting_and_other_requests_share_steps():
+    prompt = [(7 * i) % 50 + 1 for i in range(40)]
+    async with fake_pair() as pair:
+        answers = await asyncio.gather(
+            answer(pair.decode, make_request(prompt, 30, request_id="1", pack=evicting(12, 0.5))),
+            answer(pair.decode, make_request(PROMPT, 20, request_id="2")),
+            answer(pair.decode, make_request(prompt, 25, request_id="3", pack=evicting(9, 0.25))),
+        )
+    assert answers == [h2o_answer(prompt, 30, 12, 0.5), fake_answer(PROMPT, 20), h2o_answer(prompt, 25, 9, 0.25)]
+
+
+async def test_a_short_prompt_grows_up_to_its_budget_and_evicts_from_then_on():
+    async with fake_pair() as pair:
+        pair.decode_gate.is_open = False
+        running = asyncio.create_task(answer(pair.decode, make_request(PROMPT, 40, pack=evicting(16, 1.0))))
+        await until(lambda: pair.decode.load().num_free_pages == 64 - 4)
+        pair.decode_gate.let_all()
+        tokens = await running
+    # All is recent but the sinks and one token: the oldest goes.
+    seen, expected = list(PROMPT), [(sum(PROMPT) + 1) % 256]
+    while len(expected) < 40:
+        seen = [*seen, expected[-1]] if len(seen) < 16 else [*seen[:2], *seen[3:], expected[-1]]
+        expected.append((sum(seen) + 2) % 256)
+    assert tokens == expected
+
+
+# ── prefixes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_prefix_hits_do_not_change_answers():
@@ -346,6 +483,10 @@ def swap(kind, change):
     return lambda event: change(event) if isinstance(event, kind) else [event]
 
 
+def renamed_codec(manifest):
+    return encode_manifest(replace(decode_manifest(manifest), codec="zip"))
+
+
 TAMPERS = {
     "flipped byte": (flip_byte, ShipmentCorrupt, "checksum"),
     "lost layer": (swap((LayerHeader, Chunk), lambda event: []), ShipmentCorrupt, "0 of 1 layers"),
@@ -359,6 +500,11 @@ TAMPERS = {
         swap(Accepted, lambda event: [Accepted(event.compatibility, b"\xff\xff\xff")]),
         ShipmentCorrupt,
         "parsed",
+    ),
+    "foreign codec": (
+        swap(Accepted, lambda event: [Accepted(event.compatibility, renamed_codec(event.manifest))]),
+        ShipmentIncompatible,
+        "codec is 'zip'",
     ),
     "lying lengths": (
         swap(LayerHeader, lambda e: [LayerHeader(0, (10_000,), e.num_bytes, e.checksum)]),

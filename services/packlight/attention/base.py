@@ -3,7 +3,7 @@
 Knows batches over pages. Does not know models, requests, schedulers or how tokens were selected.
 
 Legend: T tokens of the batch, B requests, H query heads, K KV heads, G = H / K, D head dim, S stored tokens,
-L layers, M pages per head.
+L layers, M pages per head at most.
 
 A batch is described once per step and `plan`ned once; the plan is then called by every layer:
 
@@ -19,7 +19,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from packlight.kv.pool import KVPool
+from packlight.kv.pool import KVPool, PackedPool
+from packlight.kv.reading import Reading
+from packlight.kv.summaries import PageSummaries
 from packlight.kv.table import HeadPageTable
 
 LayerHook = Callable[[int, Tensor, float], None]
@@ -59,11 +61,24 @@ class PrefillBatch:
 class DecodeBatch:
     """One new token for each of `rows` of the head-page table; each head has room for it already (`table.grow`).
 
-    The new token is stored at index `table.lengths[row, layer, head]` and sees all stored tokens and itself."""
+    The new token is stored at index `table.new_index` of its head and sees all stored tokens, itself among them; in a
+    row with a reading, those of the pages that are read. `reads` has one entry per row, or none for reading everything
+    everywhere. `summaries` are needed where there is a reading: those of all pages of such a row, in the layers that it
+    reads sparsely, kept up to date here as tokens are stored. Such a row does not overwrite. `on_layer` is called as in
+    `PrefillBatch`."""
 
-    pool: KVPool
+    pool: PackedPool
     table: HeadPageTable
     rows: tuple[int, ...]
+    reads: tuple[Reading | None, ...] = ()
+    summaries: PageSummaries | None = None
+    on_layer: LayerHook | None = None
+
+    def __post_init__(self) -> None:
+        assert not self.reads or len(self.reads) == len(self.rows), (self.reads, self.rows)
+        sparse_rows = [row for row, reading in zip(self.rows, self.reads, strict=False) if reading is not None]
+        assert self.summaries is not None or not sparse_rows, f"rows {sparse_rows} read by summaries, there are none"
+        assert (self.table.overwrite[sparse_rows] < 0).all(), "a row that reads some pages only does not overwrite"
 
 
 class AttentionPlan(Protocol):

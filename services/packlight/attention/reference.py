@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from packlight.attention.base import AttentionPlan, DecodeBatch, PrefillBatch, PrefillChunk
-from packlight.attention.stores import append_slots, chunk_places
+from packlight.attention.base import AttentionPlan, DecodeBatch, PrefillBatch
+from packlight.attention.masks import causal_mask
+from packlight.attention.stores import NewTokens, chunk_places
+from packlight.kv.reading import PageQuery
 
 
 class ReferenceAttention:
@@ -41,35 +43,80 @@ class ReferencePrefill:
 class ReferenceDecode:
     def __init__(self, batch: DecodeBatch) -> None:
         self._batch = batch
-        self._slots_BLK = append_slots(batch)
+        self._new_tokens = NewTokens(batch)
+        self._lengths_BLK: list[list[list[int]]] = batch.table.new_lengths(list(batch.rows)).tolist()
 
     def attend(
         self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, scale: float, sliding_window: int | None
     ) -> Tensor:
-        pool, table = self._batch.pool, self._batch.table
-        pool.k_slots[self._slots_BLK[:, layer]] = k_TKD
-        pool.v_slots[self._slots_BLK[:, layer]] = v_TKD
-        group = q_THD.shape[1] // pool.num_kv_heads
+        self._new_tokens.store(layer, k_TKD, v_TKD, sliding_window)
+        group = q_THD.shape[1] // k_TKD.shape[1]
         out_THD = torch.empty_like(q_THD)
-        for index, row in enumerate(self._batch.rows):
-            for head in range(pool.num_kv_heads):
-                length = int(table.lengths[row, layer, head]) + 1
-                start = max(0, length - sliding_window) if sliding_window else 0
-                pages = torch.from_numpy(table.pages[row, layer, head]).long()[: -(-length // pool.page_size)]
-                k_SD = pool.k_pages[pages].flatten(0, 1)[start:length]
-                v_SD = pool.v_pages[pages].flatten(0, 1)[start:length]
+        for index in range(len(self._batch.rows)):
+            chosen = self._choose(index, layer, q_THD[index], scale, sliding_window)
+            for head, ordinals in enumerate(chosen):
+                k_1SD, v_1SD = self._read(index, layer, head, ordinals)
+                start = max(0, k_1SD.shape[1] - sliding_window) if sliding_window else 0
                 heads = slice(head * group, (head + 1) * group)
                 q_1GD = q_THD[index : index + 1, heads]
-                out_THD[index, heads] = softmax_attention(q_1GD, k_SD[None], v_SD[None], scale, None)[0]
+                out_THD[index, heads] = softmax_attention(q_1GD, k_1SD[:, start:], v_1SD[:, start:], scale, None)[0]
+        if self._batch.on_layer is not None:
+            self._batch.on_layer(layer, q_THD, scale)
         return out_THD
 
+    def _pages(self, index: int, layer: int) -> list[list[int]]:
+        """The page ids of each head of the batch's row `index`."""
+        pages_KM = self._batch.table.pages[self._batch.rows[index], layer].tolist()
+        counts = [-(-length // self._batch.pool.page_size) for length in self._lengths_BLK[index][layer]]
+        return [ids[:count] for ids, count in zip(pages_KM, counts, strict=True)]
 
-def causal_mask(chunk: PrefillChunk, sliding_window: int | None, device: torch.device) -> Tensor:
-    """`[T, S]`, True where a row may see a stored token."""
-    row = torch.arange(chunk.num_context, chunk.num_stored, device=device)[:, None]
-    column = torch.arange(chunk.num_stored, device=device)[None, :]
-    seen = column <= row
-    return seen & (row - column < sliding_window) if sliding_window else seen
+    def _num_tokens(self, index: int, layer: int, head: int, ordinal: int) -> int:
+        """On one page."""
+        page_size = self._batch.pool.page_size
+        return min(page_size, self._lengths_BLK[index][layer][head] - ordinal * page_size)
+
+    def _read(self, index: int, layer: int, head: int, ordinals: list[int]) -> tuple[Tensor, Tensor]:
+        """K and V `[1, S, D]` of a head's tokens on some of its pages, ascending."""
+        pool, pages = self._batch.pool, self._pages(index, layer)[head]
+        shape = (2, len(ordinals), pool.page_size, pool.head_dim)
+        both = torch.empty(shape, dtype=pool.dtype, device=pool.device)
+        pool.gather(torch.tensor([pages[ordinal] for ordinal in ordinals], device=pool.device), both[0], both[1])
+        num_tokens = sum(self._num_tokens(index, layer, head, ordinal) for ordinal in ordinals)
+        k_SD, v_SD = both.flatten(1, 2)[:, :num_tokens]
+        return k_SD[None], v_SD[None]
+
+    def _choose(
+        self, index: int, layer: int, q_HD: Tensor, scale: float, sliding_window: int | None
+    ) -> list[list[int]]:
+        """The ordinals of the pages that each head reads, ascending."""
+        pages = self._pages(index, layer)
+        reading = self._batch.reads[index] if self._batch.reads else None
+        is_dense = reading is None or layer < reading.num_dense_layers or sliding_window is not None
+        if reading is None or is_dense or all(len(ids) <= reading.num_pages for ids in pages):
+            return [list(range(len(ids))) for ids in pages]
+        scores_KM = reading.reader.score(self._query(index, layer, q_HD, scale))[0].tolist()
+        return [best_pages(row_M[: len(ids)], reading.num_pages) for row_M, ids in zip(scores_KM, pages, strict=True)]
+
+    def _query(self, index: int, layer: int, q_HD: Tensor, scale: float) -> PageQuery:
+        """What the reader is asked for this row alone."""
+        pool, summaries = self._batch.pool, self._batch.summaries
+        assert summaries is not None
+        pages = self._pages(index, layer)
+        width = max(map(len, pages))
+        bounds_KME = torch.zeros(len(pages), width, 2 * pool.head_dim, device=pool.device)
+        num_tokens_KM = torch.zeros(len(pages), width, dtype=torch.int64, device=pool.device)
+        for head, ids in enumerate(pages):
+            for ordinal, page in enumerate(ids):
+                bounds_KME[head, ordinal] = summaries.read(torch.tensor([page], device=pool.device))[0]
+                num_tokens_KM[head, ordinal] = self._num_tokens(index, layer, head, ordinal)
+        q_KGD = q_HD.view(len(pages), -1, pool.head_dim)
+        return PageQuery(layer, [self._batch.rows[index]], q_KGD[None], scale, bounds_KME[None], num_tokens_KM[None])
+
+
+def best_pages(scores: list[float], num_pages: int) -> list[int]:
+    """The first page, the last, and the best of the others; ties to the lower ordinal. Ascending."""
+    between = sorted(range(1, len(scores) - 1), key=lambda ordinal: (-scores[ordinal], ordinal))
+    return sorted({0, len(scores) - 1, *between[: num_pages - 2]})
 
 
 def softmax_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float, mask_TS: Tensor | None) -> Tensor:

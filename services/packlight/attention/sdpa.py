@@ -1,8 +1,7 @@
 """The torch backend: `scaled_dot_product_attention` over pages gathered into contiguous memory.
 
-Correct everywhere torch runs, and the default on CPU until the native kernel is there. Reading gathered pages costs one
-copy of the KV per layer and step; the scratch it is copied into is allocated once per step and reused by every layer,
-because fresh pages from the system cost more than the copy. Legend as in `attention/base.py`, P page size.
+Correct everywhere torch runs, and the default on CPU until the native kernel is there. Decode steps are in
+`sdpa_decode.py`. Legend as in `attention/base.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight.attention.base import AttentionPlan, DecodeBatch, PrefillBatch, PrefillChunk
-from packlight.attention.reference import causal_mask
-from packlight.attention.stores import append_slots, chunk_places, pages_and_lengths
+from packlight.attention.masks import additive, causal_mask
+from packlight.attention.sdpa_decode import SdpaDecode
+from packlight.attention.stores import chunk_places
 
 
 class SdpaAttention:
@@ -68,56 +68,4 @@ class SdpaPrefill:
         key = (chunk.start, window)
         if key not in self._masks:
             self._masks[key] = additive(causal_mask(chunk, window, chunk.blocks.device), self._batch.pool.dtype)
-        return self._masks[key]
-
-
-def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `seen`, -inf elsewhere: what attention adds to its scores. Made once per step; torch would otherwise make
-    it from booleans in every layer."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-
-
-class SdpaDecode:
-    def __init__(self, batch: DecodeBatch) -> None:
-        self._batch = batch
-        self._slots_BLK = append_slots(batch)
-        self._pages_BLKM, self._lengths_BLK = pages_and_lengths(batch)
-        pool, (rows, _, heads, columns) = batch.pool, self._pages_BLKM.shape
-        shape = (rows * heads * columns, pool.page_size, pool.head_dim)
-        self._k_scratch = torch.empty(shape, dtype=pool.dtype, device=pool.k.device)
-        self._v_scratch = torch.empty_like(self._k_scratch)
-        self._index_S = torch.arange(columns * pool.page_size, device=pool.k.device)
-        self._is_uniform = bool((self._lengths_BLK == self._lengths_BLK[:, :1]).all())
-        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
-
-    def attend(
-        self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, scale: float, sliding_window: int | None
-    ) -> Tensor:
-        pool = self._batch.pool
-        pool.k_slots[self._slots_BLK[:, layer]] = k_TKD
-        pool.v_slots[self._slots_BLK[:, layer]] = v_TKD
-        q_BKGD = q_THD.view(len(q_THD), pool.num_kv_heads, -1, pool.head_dim)
-        out_BKGD = F.scaled_dot_product_attention(
-            q_BKGD,
-            self._gather(pool.k_pages, layer, self._k_scratch),
-            self._gather(pool.v_pages, layer, self._v_scratch),
-            attn_mask=self._mask(layer, sliding_window),
-            scale=scale,
-        )
-        return out_BKGD.flatten(1, 2)
-
-    def _gather(self, pages: Tensor, layer: int, scratch: Tensor) -> Tensor:
-        index_BKM = self._pages_BLKM[:, layer]
-        torch.index_select(pages, 0, index_BKM.reshape(-1), out=scratch)
-        return scratch.view(*index_BKM.shape[:2], -1, scratch.shape[-1])
-
-    def _mask(self, layer: int, sliding_window: int | None) -> Tensor | None:
-        """`[B, K, 1, S]`; None where every gathered token is seen. Layers with the same lengths share one."""
-        key = (0 if self._is_uniform else layer, sliding_window)
-        if key not in self._masks:
-            length_BK11 = self._lengths_BLK[:, layer, :, None, None]
-            seen = self._index_S < length_BK11
-            if sliding_window:
-                seen &= self._index_S >= length_BK11 - sliding_window
-            self._masks[key] = None if bool(seen.all()) else additive(seen, self._batch.pool.dtype)
         return self._masks[key]

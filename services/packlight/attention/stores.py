@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from packlight.attention.base import DecodeBatch, PrefillBatch
+from packlight.kv.table import Int32s
 
 
 def chunk_places(batch: PrefillBatch) -> tuple[Tensor, Tensor]:
@@ -23,20 +24,41 @@ def chunk_places(batch: PrefillBatch) -> tuple[Tensor, Tensor]:
     return torch.cat(blocks), torch.cat(offsets)
 
 
-def append_slots(batch: DecodeBatch) -> Tensor:
+class NewTokens:
+    """The new token of every (row, layer, head): stored, and summarised where its row may be read sparsely."""
+
+    def __init__(self, batch: DecodeBatch) -> None:
+        self._batch = batch
+        self._slots_BLK = new_token_slots(batch)
+        self._pages_BLK = self._slots_BLK // batch.pool.page_size
+        self._is_first_BLK = self._slots_BLK % batch.pool.page_size == 0
+
+    def store(self, layer: int, k_TKD: Tensor, v_TKD: Tensor, sliding_window: int | None) -> None:
+        self._batch.pool.append(self._slots_BLK[:, layer].flatten(), k_TKD.flatten(0, 1), v_TKD.flatten(0, 1))
+        if sliding_window is None:
+            self._summarise(layer, k_TKD)
+
+    def _summarise(self, layer: int, k_TKD: Tensor) -> None:
+        reads = enumerate(self._batch.reads)
+        index = [i for i, reading in reads if reading is not None and layer >= reading.num_dense_layers]
+        if index:
+            assert self._batch.summaries is not None
+            pages_X, is_first_X = (x_BLK[index, layer].flatten() for x_BLK in (self._pages_BLK, self._is_first_BLK))
+            self._batch.summaries.add(pages_X, k_TKD[index].flatten(0, 1), is_first_X)
+
+
+def new_token_slots(batch: DecodeBatch) -> Tensor:
     """The token slot of the new token of every (row, layer, head): `[B, L, K]` int64."""
     rows, page_size = list(batch.rows), batch.pool.page_size
-    lengths = batch.table.lengths[rows]
-    pages = np.take_along_axis(batch.table.pages[rows], (lengths // page_size)[..., None], axis=-1)[..., 0]
-    slots = pages.astype(np.int64) * page_size + lengths % page_size
-    return torch.from_numpy(slots).to(batch.pool.k.device)
+    index = batch.table.new_index(rows)
+    pages = np.take_along_axis(batch.table.pages[rows], (index // page_size)[..., None], axis=-1)[..., 0]
+    slots = pages.astype(np.int64) * page_size + index % page_size
+    return torch.from_numpy(slots).to(batch.pool.device)
 
 
-def pages_and_lengths(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
-    """Page ids `[B, L, K, M]` and lengths including the new token `[B, L, K]`, both int64."""
-    rows, page_size = list(batch.rows), batch.pool.page_size
-    lengths = batch.table.lengths[rows] + 1
-    num_columns = -(-int(lengths.max(initial=1)) // page_size)
-    pages = batch.table.pages[rows][..., :num_columns].astype(np.int64)
-    device = batch.pool.k.device
-    return torch.from_numpy(pages).to(device), torch.from_numpy(lengths.astype(np.int64)).to(device)
+def stored_pages(batch: DecodeBatch, rows: list[int], num_pages_NLK: Int32s) -> Tensor:
+    """Page ids `[N, L, K, M]` int64 of `rows` whose heads hold `num_pages_NLK` >= 1 pages, the shorter ones filled up
+    with their first: what the table has behind their last may belong to another request."""
+    pages = batch.table.pages[rows][..., : num_pages_NLK.max(initial=1)]
+    is_held = np.arange(pages.shape[-1]) < num_pages_NLK[..., None]
+    return torch.from_numpy(np.where(is_held, pages, pages[..., :1]).astype(np.int64)).to(batch.pool.device)

@@ -1,17 +1,18 @@
 """How many tokens each layer and KV head keep, and the pages a decode worker must have free for them.
 
 Two questions, asked at different times. *Before* anything is computed, admission asks for upper bounds (`max_kept`,
-`max_pages`). *After* the scores are there, selection asks for the lengths themselves (`Budget.allot`). A budget that
-depends on scores (per head, per layer) answers the first with a bound and the second exactly.
+`max_pages`). *After* the scores are there, selection asks for the lengths themselves (`LayerBudget.allot` or
+`ModelBudget.divide`, `base.py`). A budget that depends on scores answers the first with a bound and the second exactly.
 
-Knows numbers only; imports without torch. Rules that hold for every budget live here and not in the budgets: a recipe
-that drops nothing, a prompt that is no longer than its budget, and a sliding-window layer.
+Knows numbers only; imports without torch, and so do the files of `budgets/` at module level. Rules that hold for every
+budget live here and not in the budgets: a recipe that drops nothing, a prompt that is no longer than its budget, and a
+sliding-window layer.
 """
 
 from __future__ import annotations
 
 from math import ceil
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 from packlight.compress.layout import pages_of
 from packlight.compress.recipes import BUDGETS, find_recipe
@@ -39,23 +40,18 @@ class Budget(Protocol):
         """The most that all heads of the layer keep together: less than heads x `max_kept` when heads compete."""
         ...
 
-    # The scores are a tensor, which this file must not import: fp32 [K, num_tokens - window], +inf at the sinks.
-    def allot(self, spec: PackSpec, num_tokens: int, site: Site, scores_KN: Any) -> list[int]:
-        """The tokens each head keeps: at least sinks + window, within both bounds."""
+
+class SharedBudget(Budget, Protocol):
+    """A budget that divides tokens among layers: what one gets, another does not."""
+
+    def max_kept_together(self, spec: PackSpec, num_tokens: int, num_layers: int, num_kv_heads: int) -> int:
+        """The most that all heads of `num_layers` layers keep together."""
         ...
 
 
-class UniformBudget:
-    """Every layer and head keep the same number: SnapKV (arXiv 2404.14469), StreamingLLM (arXiv 2309.17453)."""
-
-    def max_kept(self, spec: PackSpec, num_tokens: int, site: Site) -> int:
-        return base_budget(spec, num_tokens)
-
-    def max_kept_in_layer(self, spec: PackSpec, num_tokens: int, site: Site) -> int:
-        return base_budget(spec, num_tokens) * site.num_kv_heads
-
-    def allot(self, spec: PackSpec, num_tokens: int, site: Site, scores_KN: Any) -> list[int]:
-        return [base_budget(spec, num_tokens)] * site.num_kv_heads
+def least_kept(spec: PackSpec) -> int:
+    """Tokens that any head keeps of a prompt that has so many: sinks, window, and one to choose."""
+    return spec.sinks + spec.window + 1
 
 
 def base_budget(spec: PackSpec, num_tokens: int) -> int:
@@ -64,26 +60,39 @@ def base_budget(spec: PackSpec, num_tokens: int) -> int:
     At least sinks + window + 1 and at most the prompt. The whole prompt when the recipe drops nothing."""
     if not find_recipe(spec.recipe).drops_tokens:
         return num_tokens
-    if spec.budget_tokens is not None:
-        asked = spec.budget_tokens
-    else:
-        # 0.07 * 100 is a hair above 7; the rounding keeps it from costing a token.
-        asked = ceil(round((1.0 if spec.ratio is None else spec.ratio) * num_tokens, 6))
-    return min(max(asked, spec.sinks + spec.window + 1), num_tokens)
+    return min(max(_asked(spec, num_tokens), least_kept(spec)), num_tokens)
+
+
+def read_budget(spec: PackSpec, num_tokens: int) -> int:
+    """Tokens per KV head that a decode step reads at most, of a prompt of `num_tokens`; all of it for dense readers.
+
+    Where tokens are dropped as well, half of the budget goes into finding the other half (RocketKV)."""
+    recipe = find_recipe(spec.recipe)
+    if not recipe.reads_pages:
+        return num_tokens
+    if not recipe.drops_tokens:
+        return min(max(1, _asked(spec, num_tokens)), num_tokens)
+    return num_tokens if keeps_all(spec, num_tokens) else base_budget(spec, num_tokens) // 2
 
 
 def keeps_all(spec: PackSpec, num_tokens: int) -> bool:
-    """A base budget that covers the prompt is the identity, whatever the method would make of it."""
-    return base_budget(spec, num_tokens) >= num_tokens
+    """A base budget that covers the prompt is the identity, whatever the method would make of it.
+
+    Not so where no budget was asked for because the method finds its own: then it is only an upper bound."""
+    if num_tokens <= least_kept(spec):
+        return True
+    is_open = spec.budget_tokens is None and spec.ratio is None and find_recipe(spec.recipe).finds_length
+    return not is_open and base_budget(spec, num_tokens) >= num_tokens
 
 
 def max_kept(spec: PackSpec, num_tokens: int, site: Site, sliding_window: int | None = None) -> int:
     """Upper bound of the prompt tokens kept by any one KV head of the layer, known before anything is computed.
 
-    `sliding_window` is the layer's, in tokens: such a layer keeps exactly that many, or the whole shorter prompt."""
+    `sliding_window` is the layer's, in tokens: such a layer keeps exactly that many, or the whole shorter prompt. What
+    a mass floor adds is not in here: nobody knows it before the scores."""
     if sliding_window is not None:
         return min(sliding_window, num_tokens)
-    return num_tokens if keeps_all(spec, num_tokens) else _budget(spec).max_kept(spec, num_tokens, site)
+    return num_tokens if keeps_all(spec, num_tokens) else load_budget(spec).max_kept(spec, num_tokens, site)
 
 
 def max_pages(
@@ -91,13 +100,49 @@ def max_pages(
 ) -> int:
     """Upper bound of the head pages that a request's packed KV takes, over all layers and KV heads.
 
-    `num_new_tokens` counts the tokens after the prompt, of which every head keeps each one; 0 gives the prompt part."""
-    windows = model.sliding_windows or (None,) * model.num_layers
-    total = 0
-    for layer, sliding_window in enumerate(windows):
-        site = Site(layer, model.num_layers, model.num_kv_heads)
-        total += _layer_pages(spec, num_prompt_tokens, site, sliding_window, page_size, num_new_tokens)
-    return total
+    `num_new_tokens` counts the tokens after the prompt, of which every head keeps each one; 0 gives the prompt part.
+    What a mass floor adds is not in here."""
+    by_layer = max_pages_by_layer(spec, model, num_prompt_tokens, page_size, num_new_tokens=num_new_tokens)
+    if not find_recipe(spec.recipe).divides_layers or keeps_all(spec, num_prompt_tokens):
+        return sum(by_layer)
+    competing = [layer for layer, window in enumerate(_windows(model)) if window is None]
+    budget = cast(SharedBudget, load_budget(spec))
+    num_tokens = budget.max_kept_together(spec, num_prompt_tokens, len(competing), model.num_kv_heads)
+    together = _most_pages(num_tokens, len(competing) * model.num_kv_heads, num_new_tokens, page_size)
+    return sum(by_layer) - max(0, sum(by_layer[layer] for layer in competing) - together)
+
+
+def max_pages_by_layer(
+    spec: PackSpec, model: ModelSpec, num_prompt_tokens: int, page_size: int, *, num_new_tokens: int = 0
+) -> list[int]:
+    """Upper bound of each layer's head pages. Where layers compete any one may get much, and the sum is more than
+    `max_pages`."""
+    return [
+        _layer_pages(
+            spec,
+            num_prompt_tokens,
+            Site(layer, model.num_layers, model.num_kv_heads),
+            sliding_window,
+            page_size,
+            num_new_tokens,
+        )
+        for layer, sliding_window in enumerate(_windows(model))
+    ]
+
+
+def load_budget(spec: PackSpec) -> Budget:
+    """The budget of a recipe that drops tokens."""
+    name = find_recipe(spec.recipe).budget
+    assert name is not None, "a recipe that drops tokens has a budget"
+    budget: Budget = BUDGETS.load(name)()
+    return budget
+
+
+def _asked(spec: PackSpec, num_tokens: int) -> int:
+    if spec.budget_tokens is not None:
+        return spec.budget_tokens
+    # 0.07 * 100 is a hair above 7; the rounding keeps it from costing a token.
+    return ceil(round((1.0 if spec.ratio is None else spec.ratio) * num_tokens, 6))
 
 
 def _layer_pages(
@@ -107,13 +152,15 @@ def _layer_pages(
     per_head = num_heads * pages_of(max_kept(spec, num_tokens, site, sliding_window) + num_new_tokens, page_size)
     if sliding_window is not None or keeps_all(spec, num_tokens):
         return per_head
+    in_layer = load_budget(spec).max_kept_in_layer(spec, num_tokens, site)
+    return min(per_head, _most_pages(in_layer, num_heads, num_new_tokens, page_size))
+
+
+def _most_pages(num_tokens: int, num_heads: int, num_new_tokens: int, page_size: int) -> int:
+    """Pages of heads that share `num_tokens` anyhow and then get `num_new_tokens` each."""
     # Each head rounds up to whole pages on its own: sum ceil(n/p) <= (sum n + heads * (p - 1)) / p.
-    layer_tokens = _budget(spec).max_kept_in_layer(spec, num_tokens, site) + num_heads * num_new_tokens
-    return min(per_head, (layer_tokens + num_heads * (page_size - 1)) // page_size)
+    return (num_tokens + num_heads * (num_new_tokens + page_size - 1)) // page_size
 
 
-def _budget(spec: PackSpec) -> Budget:
-    name = find_recipe(spec.recipe).budget
-    assert name is not None, "a recipe that drops tokens has a budget"
-    budget: Budget = BUDGETS.load(name)()
-    return budget
+def _windows(model: ModelSpec) -> tuple[int | None, ...]:
+    return model.sliding_windows or (None,) * model.num_layers

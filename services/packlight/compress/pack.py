@@ -1,6 +1,6 @@
 """Gathering a selection into head pages: the form in which packed KV travels and is stored.
 
-Shapes: K KV heads, S tokens, D head dim, P head pages of the layer, T tokens per page.
+Shapes: K KV heads, S tokens, D head dim, P head pages of the layer, n pages of one head, T tokens per page.
 
 Knows tensors of one layer. Knows neither the pool they come from nor the one they go to.
 """
@@ -10,44 +10,53 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from packlight.compress.base import Selection
-from packlight.compress.layout import pages_of, total_pages
+from packlight.compress.layout import pages_of
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PackedLayer:
-    """The kept KV of one layer: `k_pages` and `v_pages` [P, T, D], pages of head 0 first, then head 1, ...
+    """The kept KV of one layer: `pages` [P, 2, T, D], each page of K followed by its page of V, pages of head 0 first.
 
     Head k has `lengths[k]` tokens, in ascending order of position, on whole pages of its own; what is left of its last
-    page is zero. Fresh from `pack` the two are halves of one contiguous buffer, so `native` encodes without a copy."""
+    page is zero. Fresh from `pack` the pages are contiguous, which is how `native` sends them: without a copy."""
 
-    k_pages: Tensor
-    v_pages: Tensor
+    pages: Tensor
     lengths: tuple[int, ...]
 
     @property
+    def k_pages(self) -> Tensor:
+        """[P, T, D]"""
+        return self.pages[:, 0]
+
+    @property
+    def v_pages(self) -> Tensor:
+        """[P, T, D]"""
+        return self.pages[:, 1]
+
+    @property
     def num_pages(self) -> int:
-        return self.k_pages.shape[0]
+        return self.pages.shape[0]
 
 
 def pack(k_KSD: Tensor, v_KSD: Tensor, selection: Selection, page_size: int) -> PackedLayer:
     """The selected tokens of a layer as head pages. `k_KSD` and `v_KSD` reach at least to the last selected token."""
     lengths = selection.lengths()
-    num_pages, head_dim = total_pages(lengths, page_size), k_KSD.shape[-1]
-    pages_2PTD = k_KSD.new_empty(2, num_pages, page_size, head_dim)
-    for half, x_KSD in enumerate((k_KSD, v_KSD)):
-        _gather(x_KSD, selection, pages_2PTD[half].view(-1, head_dim), page_size)
-    return PackedLayer(pages_2PTD[0], pages_2PTD[1], tuple(lengths))
+    num_pages = [pages_of(length, page_size) for length in lengths]
+    pages_P2TD = k_KSD.new_empty(sum(num_pages), 2, page_size, k_KSD.shape[-1])
+    for head, pages_n2TD in enumerate(torch.split(pages_P2TD, num_pages)):
+        for half, x_KSD in enumerate((k_KSD, v_KSD)):
+            _gather(x_KSD[head], selection.indices[head], pages_n2TD[:, half])
+    return PackedLayer(pages_P2TD, tuple(lengths))
 
 
-def _gather(x_KSD: Tensor, selection: Selection, slots_XD: Tensor, page_size: int) -> None:
-    """Writes each head's kept rows into its run of slots (X = P * T), and zeros after them to the end of its page."""
-    start = 0
-    for x_SD, index in zip(x_KSD, selection.indices, strict=True):
-        end = start + index.numel()
-        next_start = start + pages_of(index.numel(), page_size) * page_size
-        torch.index_select(x_SD, 0, index, out=slots_XD[start:end])
-        slots_XD[end:next_start] = 0
-        start = next_start
+def _gather(x_SD: Tensor, index: Tensor, pages_nTD: Tensor) -> None:
+    """Writes the kept rows into the pages, one after another, and zeros after the last."""
+    num_slots = pages_nTD.shape[0] * pages_nTD.shape[1]
+    rows = x_SD.index_select(0, F.pad(index, (0, num_slots - index.numel())))
+    pages_nTD.copy_(rows.view(pages_nTD.shape))
+    if index.numel() < num_slots:
+        pages_nTD[-1, index.numel() - num_slots :] = 0

@@ -10,64 +10,123 @@ sliding-window layer keeps what its attention can see, which is exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 
 import torch
-from torch import Tensor
 
-from packlight.compress.base import LayerView, Scorer, Selection
-from packlight.compress.budget import Budget, keeps_all
+from packlight.compress.base import Candidates, LayerBudget, LayerView, ModelBudget, Scorer, Selection
+from packlight.compress.budget import keeps_all
+from packlight.compress.coverage import retained_share, tokens_for_share
 from packlight.compress.recipes import BUDGETS, SCORERS, find_recipe
 from packlight.compress.topk import top_indices
-from packlight.compress.window import window_mass
+from packlight.compress.window import window_lse, window_mass
 from packlight.core.errors import InternalError
 from packlight.core.types import PackSpec
 
 
+class Selector:
+    """The selections of one request. Layers are added in order, as they are computed, and come out in order.
+
+    A budget that divides tokens among layers answers for all of them when the last one is added; until then their
+    scores wait here, 8 bytes per token and KV head."""
+
+    def __init__(self, spec: PackSpec, *, num_prompt_tokens: int, num_tokens: int) -> None:
+        """Tokens `num_prompt_tokens .. num_tokens - 1` were generated in an earlier life of a resumed answer and are
+        kept on top of the budget."""
+        assert num_tokens >= num_prompt_tokens > 0, (num_tokens, num_prompt_tokens)
+        self._spec, self._anchor, self._num_tokens = spec, num_prompt_tokens, num_tokens
+        self._recipe = find_recipe(spec.recipe)
+        self._waiting: list[tuple[int, Selection | Candidates]] = []
+
+    def add(self, view: LayerView, sliding_window: int | None = None) -> list[tuple[int, Selection]]:
+        """The layers that can be packed now, with what each of their KV heads keeps.
+
+        Queries and keys are looked at only if something is to be dropped by score.
+        Raises InternalError when the attention mass is not finite."""
+        assert view.num_tokens == self._anchor, (view.num_tokens, self._anchor)
+        found = self._find(view, sliding_window)
+        if isinstance(found, Selection) and not self._waiting:
+            return [(view.layer, found)]
+        self._waiting.append((view.layer, found))
+        return self.finish() if view.layer == view.num_layers - 1 else []
+
+    def finish(self) -> list[tuple[int, Selection]]:
+        """The layers that still wait, as if there were no others."""
+        scored = [found for _, found in self._waiting if isinstance(found, Candidates)]
+        divided = iter(self._divide(scored))
+        ready = [(layer, next(divided) if isinstance(found, Candidates) else found) for layer, found in self._waiting]
+        self._waiting = []
+        return ready
+
+    def _find(self, view: LayerView, sliding_window: int | None) -> Selection | Candidates:
+        """The layer's selection, or only its scores if its length depends on other layers."""
+        if sliding_window is not None:
+            return self._all_from(max(0, self._num_tokens - sliding_window), view)
+        if keeps_all(self._spec, self._anchor):
+            return self._all_from(0, view)
+        candidates = rate(view, self._spec)
+        return candidates if self._recipe.divides_layers else self._best(candidates)
+
+    def _all_from(self, first: int, view: LayerView) -> Selection:
+        index = torch.arange(first, self._num_tokens, device=view.k_KSD.device)
+        return Selection((index,) * view.k_KSD.shape[0], retained_mass=1.0)
+
+    def _best(self, candidates: Candidates) -> Selection:
+        assert self._recipe.budget is not None
+        budget: LayerBudget = BUDGETS.load(self._recipe.budget)()
+        return keep(candidates, budget.allot(self._spec, candidates), self._spec, self._num_tokens)
+
+    def _divide(self, layers: Sequence[Candidates]) -> list[Selection]:
+        if not layers:
+            return []
+        assert self._recipe.budget is not None
+        budget: ModelBudget = BUDGETS.load(self._recipe.budget)()
+        lengths = budget.divide(self._spec, layers)
+        pairs = zip(layers, lengths, strict=True)
+        return [keep(candidates, lengths_K, self._spec, self._num_tokens) for candidates, lengths_K in pairs]
+
+
 def select(view: LayerView, spec: PackSpec, *, num_tokens: int, sliding_window: int | None = None) -> Selection:
-    """The tokens that each KV head of the layer keeps, of the `num_tokens` >= S that exist.
-
-    Tokens S .. num_tokens - 1 were generated in an earlier life of a resumed answer and are kept on top of the budget.
-    Queries and keys are looked at only if something is to be dropped by score.
-    Raises InternalError when the attention mass is not finite."""
-    anchor = view.num_tokens
-    assert num_tokens >= anchor > 0, (num_tokens, anchor)
-    if sliding_window is not None:
-        return _keep_from(max(0, num_tokens - sliding_window), num_tokens, view)
-    if keeps_all(spec, anchor):
-        return _keep_from(0, num_tokens, view)
-    return _keep_best(view, spec, num_tokens)
+    """What one layer keeps, of the `num_tokens` >= S that exist: see `Selector`. It competes with no other layer."""
+    selector = Selector(spec, num_prompt_tokens=view.num_tokens, num_tokens=num_tokens)
+    [(_, selection)] = selector.add(view, sliding_window) or selector.finish()
+    return selection
 
 
-def _keep_from(first: int, num_tokens: int, view: LayerView) -> Selection:
-    index = torch.arange(first, num_tokens, device=view.k_KSD.device)
-    return Selection((index,) * view.k_KSD.shape[0], retained_mass=1.0)
-
-
-def _keep_best(view: LayerView, spec: PackSpec, num_tokens: int) -> Selection:
+def rate(view: LayerView, spec: PackSpec) -> Candidates:
+    """The layer's scores. Raises InternalError when its attention is not finite."""
     window = view.q_WHD.shape[0]
     assert window == spec.window, f"{window} query rows, but the recipe's window is {spec.window}"
-    num_prefix = view.num_tokens - window
-    scorer, budget = _parts(spec)
-    mass_KS = window_mass(view.q_WHD, view.k_KSD, view.scale, view.lse_WH)
+    name = find_recipe(spec.recipe).scorer
+    assert name is not None, "a recipe that drops tokens has a scorer"
+    scorer: Scorer = SCORERS.load(name)()
+    lse_WH = window_lse(view.q_WHD, view.k_KSD, view.scale) if view.lse_WH is None else view.lse_WH
+    mass_KS = window_mass(view.q_WHD, view.k_KSD, view.scale, lse_WH)
+    # A sum shows every NaN and infinity of its terms.
     if not isfinite(mass_KS.sum().item()):
         raise InternalError(f"the attention of layer {view.layer} is not finite, so no token can be preferred")
-    scores_KN = scorer.score(view, mass_KS, spec).clone()
+    scored = scorer.score(replace(view, lse_WH=lse_WH), mass_KS, spec)
+    scores_KN = scored.scores_KN.clone()
     scores_KN[:, : spec.sinks] = torch.inf
-    lengths = budget.allot(spec, view.num_tokens, view.site, scores_KN)
-    prefix = [top_indices(row_N, length - window) for row_N, length in zip(scores_KN, lengths, strict=True)]
-    rest = torch.arange(num_prefix, num_tokens, device=view.k_KSD.device)
+    return Candidates(view.site, view.num_tokens, scores_KN, mass_KS, scored.layer_weight)
+
+
+def keep(candidates: Candidates, lengths: Sequence[int], spec: PackSpec, num_tokens: int) -> Selection:
+    """The best `lengths[k]` tokens of each KV head, window included; more of them if the mass floor asks for it."""
+    selection = _keep(candidates, lengths, num_tokens)
+    if selection.retained_mass >= spec.mass_floor:
+        return selection
+    needed = tokens_for_share(candidates, spec.mass_floor)
+    longer = [max(pair) for pair in zip(lengths, needed, strict=True)]
+    grown = _keep(candidates, longer, num_tokens, num_grown=sum(longer) - sum(lengths))
+    # The same sum in another order may fall short of the floor by its last bit.
+    return replace(grown, retained_mass=max(grown.retained_mass, spec.mass_floor))
+
+
+def _keep(candidates: Candidates, lengths: Sequence[int], num_tokens: int, *, num_grown: int = 0) -> Selection:
+    window, num_prefix = candidates.window, candidates.num_prefix
+    prefix = [top_indices(row_N, length - window) for row_N, length in zip(candidates.scores_KN, lengths, strict=True)]
+    rest = torch.arange(num_prefix, num_tokens, device=candidates.scores_KN.device)
     indices = tuple(torch.cat([index, rest]) for index in prefix)
-    return Selection(indices, _retained(mass_KS, prefix, num_prefix))
-
-
-def _parts(spec: PackSpec) -> tuple[Scorer, Budget]:
-    recipe = find_recipe(spec.recipe)
-    assert recipe.scorer and recipe.budget, recipe  # noqa: PT018 - one statement: what drops has both
-    return SCORERS.load(recipe.scorer)(), BUDGETS.load(recipe.budget)()
-
-
-def _retained(mass_KS: Tensor, prefix: Sequence[Tensor], num_prefix: int) -> float:
-    kept_K = mass_KS[:, num_prefix:].sum(dim=1)
-    kept_K += torch.stack([row_S[index].sum() for row_S, index in zip(mass_KS, prefix, strict=True)])
-    return float((kept_K / mass_KS.sum(dim=1)).mean().clamp(max=1.0))
+    return Selection(indices, retained_share(candidates, prefix), num_grown)

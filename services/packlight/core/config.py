@@ -45,10 +45,61 @@ class ModelConfig(Section):
     cache_dir: str | None = Field(None, description="Where converted models are kept. Default: `~/.cache/packlight`.")
 
 
+class PolicyRow(Section):
+    min_tokens: int = Field(
+        ge=0, description="Prompts of at least this many tokens; the row with the most that a prompt reaches applies."
+    )
+    recipe: str = Field(description="A recipe of docs/recipes.md.")
+    ratio: float | None = Field(
+        None, gt=0, le=1, description="Share of the prompt kept per KV head. Default: the recipe's."
+    )
+    window: int | None = Field(None, ge=1, description="Last prompt tokens that do the scoring. Default: the recipe's.")
+    codec: str | None = Field(None, description="How the kept KV travels. Default: the recipe's.")
+    on_hit: str | None = Field(
+        None, description="The recipe instead, where `recipe` could not use what is cached of the prompt."
+    )
+
+
+class PolicyConfig(Section):
+    reference_context: int = Field(
+        131_072,
+        ge=1,
+        description="Context length that `min_tokens` is meant for; with a shorter one it shrinks in proportion.",
+    )
+    floor: float = Field(
+        0.8,
+        ge=0,
+        lt=1,
+        description="Least share of the window's attention mass that a layer keeps; its budget grows until it holds.",
+    )
+    reasoning_ratio: float = Field(
+        0.3, gt=0, le=1, description="Reasoning requests keep at least this share of the prompt, whatever the row says."
+    )
+    reuse_ratio: float = Field(
+        0.25, gt=0, le=1, description="Share of the prompt that must be cached for a row's `on_hit` to apply."
+    )
+    rows: tuple[PolicyRow, ...] = Field(
+        (
+            PolicyRow(min_tokens=0, recipe="none"),
+            PolicyRow(min_tokens=8192, recipe="h2o_pyramid", ratio=0.5, on_hit="pyramidkv"),
+            PolicyRow(min_tokens=32_768, recipe="snapkv", ratio=0.25, window=64),
+            PolicyRow(min_tokens=131_072, recipe="snapkv", ratio=0.25, window=64, codec="int8"),
+        ),
+        min_length=1,
+        description="By ascending `min_tokens`, the first from 0. A file that sets this replaces the whole table.",
+    )
+
+
 class KVConfig(Section):
     page_size: int = Field(16, ge=1, le=256, description="Tokens per page. The whole fleet must agree on it.")
-    recipe: str = Field("none", description="The recipe of a request that does not name one.")
-    budget: int | None = Field(None, ge=1, description="Default tokens kept per KV head, for recipes that drop tokens.")
+    recipe: str = Field(
+        "auto", description="The recipe of a request that does not name one; `auto` chooses by `kv.policy`."
+    )
+    budget: int | None = Field(
+        None, ge=1, description="Default tokens kept per KV head, for a named recipe that drops tokens."
+    )
+    floor: float = Field(0.0, ge=0, lt=1, description="`kv.policy.floor` for named recipes; 0 is none.")
+    policy: PolicyConfig = PolicyConfig()
 
 
 class RouterConfig(Section):
@@ -85,11 +136,23 @@ class WorkerSection(Section):
 class PrefillConfig(WorkerSection):
     chunk_tokens: int = Field(512, ge=1, description="Tokens prefilled in one step, over all prompts in the step.")
     max_prompts: int = Field(8, ge=1, description="Prompts in one step.")
+    shadow_ratio: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of packed requests whose next-token distribution is also computed from packed KV and "
+        "compared with the exact one, for the `shadow` metrics. Each costs one step of one token.",
+    )
 
 
 class DecodeConfig(WorkerSection):
     kv_memory_bytes: int = Field(2 << 30, ge=1 << 16, description="Memory of the KV pool.")
     max_batch: int = Field(16, ge=1, description="Requests that decode together in one step.")
+    kv_codec: str = Field(
+        "native",
+        description="How packed KV lies in memory: `native` (the model's dtype), or a codec of docs/recipes.md (`fp8`, "
+        "`int8`, `int4`, ...), which holds more of it and is decoded at every read.",
+    )
     transports: list[str] = Field(
         ["inproc", "grpc"],
         description="KV transports this worker accepts, best first; the first both ends know is used.",
@@ -152,8 +215,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _scalar(text: str) -> Any:
-    """`null`, booleans, lists `[a,b]`; numbers stay text, which pydantic converts to the field's type."""
-    if text in ("null", "none", "~"):
+    """`null`, booleans, lists `[a,b]`; numbers stay text, which pydantic converts to the field's type. `none` too, as
+    in YAML: it is a recipe."""
+    if text in ("null", "~"):
         return None
     if text in ("true", "false"):
         return text == "true"

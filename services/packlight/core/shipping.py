@@ -20,7 +20,7 @@ from typing import Protocol
 
 from packlight.core.types import ModelSpec, PrefillRequest, Token
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,8 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class Shipped:
-    """The end of a complete shipment. `shipped_bytes` counts payload, `exact_bytes` the exact KV of the same tokens."""
+    """The end of a complete shipment. `shipped_bytes` counts payload, `exact_bytes` the exact KV of the same tokens.
+    `num_grown_tokens` of those kept were added to hold the fidelity floor."""
 
     num_layers: int
     shipped_bytes: int
@@ -83,6 +84,7 @@ class Shipped:
     queue_s: float
     prefill_s: float
     select_s: float
+    num_grown_tokens: float = 0.0
 
 
 ShipFrame = LayerHeader | Chunk

@@ -87,13 +87,21 @@ class StopRules:
         return FinishReason.LENGTH if num_generated >= self.max_tokens else None
 
 
+class Pooling(StrEnum):
+    MAX = "max"
+    AVG = "avg"
+
+
 @dataclass(frozen=True, slots=True)
 class PackSpec:
-    """A recipe with its parameters, all defaults filled in: what to keep of a prompt's KV.
+    """A recipe with its parameters: what to keep of a prompt's KV, in what form, and how to read it.
 
-    `budget_tokens` is the number of prompt tokens kept per KV head, sinks and window included. `ratio` gives it as a
-    share of the prompt instead; exactly one of the two is set unless the recipe keeps everything. `kernel` None lets
-    the scorer choose its pooling width from the budget. See `compress/recipes.py` for the table of recipes.
+    `budget_tokens` is what one KV head may cost, in prompt tokens, sinks and window included: tokens kept, or tokens
+    read per step where the recipe keeps all and reads few. `ratio` gives it as a share of the prompt instead; exactly
+    one of the two is set unless the recipe has no budget. `kernel` None lets the scorer choose its pooling width.
+    `codec` None is the recipe's own. `params` are the method's own constants, by name; one that is absent has the
+    table's default. `mass_floor` is the least share of the window's attention mass that a layer may keep: its budget
+    grows until that holds; 0 is no floor. See `compress/recipes.py` for the tables.
     """
 
     recipe: str = "none"
@@ -102,6 +110,10 @@ class PackSpec:
     window: int = 32
     sinks: int = 4
     kernel: int | None = None
+    pooling: Pooling = Pooling.MAX
+    codec: str | None = None
+    params: tuple[tuple[str, float], ...] = ()
+    mass_floor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +167,19 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class KVUsage:
-    """What packing did to one request. `num_kept_tokens` is the mean over layers and KV heads, in prompt tokens."""
+    """What packing did to one request. All token counts are prompt tokens, means over layers and KV heads.
+
+    `num_grown_tokens` of those kept were added to hold the fidelity floor. `num_read_tokens` is what a decode step
+    reads at most of those kept."""
 
     recipe: str = "none"
     num_kept_tokens: float = 0.0
     shipped_bytes: int = 0
     exact_bytes: int = 0
     retained_mass: float | None = None
+    codec: str = "native"
+    num_grown_tokens: float = 0.0
+    num_read_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,30 +11,28 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
 from packlight.core.config import DecodeConfig
-from packlight.core.errors import ShipmentCorrupt, WorkerLost
+from packlight.core.errors import PacklightError, ShipmentCorrupt, WorkerLost
 from packlight.core.shipping import Accepted, FirstToken, PrefillClient, PrefillEvent, Shipped
 from packlight.core.types import GenerateRequest, PrefillRequest
 from packlight.decode.intake import Intake
+from packlight.decode.memory import DecodeMemory
 from packlight.decode.task import Task
-from packlight.kv.pool import KVPool
-from packlight.kv.table import HeadPageTable
 
 PrefillClients = Callable[[str, str], PrefillClient]
 """(worker id, address) -> client."""
 
 
 class Fetcher:
-    """Fetches into rows of `table`."""
+    """Fetches into holdings of `memory`."""
 
-    def __init__(
-        self, config: DecodeConfig, pool: KVPool, table: HeadPageTable, compatibility: str, clients: PrefillClients
-    ) -> None:
-        self._config, self._pool, self._table = config, pool, table
+    def __init__(self, config: DecodeConfig, memory: DecodeMemory, compatibility: str, clients: PrefillClients) -> None:
+        self._config, self._memory = config, memory
         self._compatibility, self._clients = compatibility, clients
 
     async def fetch(self, task: Task) -> AsyncGenerator[FirstToken | Shipped, None]:
         """The events the worker cares about; layers are stored as they pass. `Shipped` comes last and only when every
-        layer is there. Raises what the prefill worker raised, WorkerLost on silence, or what `Intake` found wrong."""
+        layer is there. Raises what the prefill worker raised (`worker_id` names it), WorkerLost on silence, or what
+        `Intake` raised."""
         request = task.request
         intake = self._intake(task)
         client = self._clients(request.prefill_id, request.prefill_address)
@@ -61,17 +59,20 @@ class Fetcher:
         try:
             async with asyncio.timeout(self._config.prefill_timeout_s):
                 return await anext(events, None)
+        except PacklightError as error:
+            error.worker_id = error.worker_id or worker_id
+            raise
         except TimeoutError:
             silence = f"prefill worker {worker_id} was silent for {self._config.prefill_timeout_s:.0f} s"
             raise WorkerLost(silence, worker_id=worker_id) from None
 
     def _intake(self, task: Task) -> Intake:
         return Intake(
-            self._pool,
-            self._table,
-            task.row,
+            self._memory,
+            task.holding,
             compatibility=self._compatibility,
             transports=tuple(self._config.transports),
+            pool_codec=self._config.kv_codec,
             max_tokens=len(task.request.token_ids),
         )
 

@@ -1,41 +1,42 @@
-"""Taking in one shipment: from the events of a `Prefill` call to pages of a table row.
+"""Taking in one shipment: from the events of a `Prefill` call to pages of a holding.
 
 Knows the checks a foreign shipment must pass before a byte of it is believed, and where its layers go. Does not know
-the batch, queues or retries. Raises ShipmentIncompatible or ShipmentCorrupt naming what was wrong.
+the batch, queues or retries. Raises ShipmentIncompatible or ShipmentCorrupt naming what was wrong, and what
+`DecodeMemory.claim` raises.
 """
 
 from __future__ import annotations
 
-import torch
-
-from packlight.compress.base import Codec
+from packlight.compress.evict import mass_bytes, split_mass
 from packlight.compress.recipes import CODECS
 from packlight.core.errors import ShipmentCorrupt, ShipmentIncompatible
 from packlight.core.shipping import Accepted, Manifest, ShipFrame, Shipped
-from packlight.kv.pool import KVPool
-from packlight.kv.table import HeadPageTable
+from packlight.decode.memory import DecodeMemory, Holding
+from packlight.decode.unpack import Unpacker
 from packlight.transfer.base import KVReceiver, ReceivedLayer
 from packlight.transfer.registry import build_transport
 from packlight.wire.manifest import decode_manifest
 
 
 class Intake:
-    """One shipment into `row` of `table`. `max_tokens` bounds the tokens of one head: the prompt's length."""
+    """One shipment into `holding` of `memory`. `max_tokens` bounds the tokens of one head: the prompt's length.
+    `pool_codec` is the codec that packed KV lies in."""
 
     def __init__(
         self,
-        pool: KVPool,
-        table: HeadPageTable,
-        row: int,
+        memory: DecodeMemory,
+        holding: Holding,
         *,
         compatibility: str,
         transports: tuple[str, ...],
+        pool_codec: str,
         max_tokens: int,
     ) -> None:
-        self._pool, self._table, self._row = pool, table, row
-        self._compatibility, self._transports, self._max_tokens = compatibility, transports, max_tokens
+        self._memory, self._holding, self._pool = memory, holding, memory.pool
+        self._compatibility, self._transports, self._pool_codec = compatibility, transports, pool_codec
+        self._max_tokens = max_tokens
         self._receiver: KVReceiver | None = None
-        self._codec: Codec | None = None
+        self._unpacker: Unpacker | None = None
         self.num_layers = 0
         self.num_bytes = 0
 
@@ -47,9 +48,11 @@ class Intake:
             )
         manifest = decode_manifest(accepted.manifest)
         self._check(manifest)
-        self._codec = CODECS.load(manifest.codec)()
+        self._unpacker = unpacker = Unpacker(self._pool, manifest.codec, pool_codec=self._pool_codec)
+        most = unpacker.max_payload_bytes(self._max_tokens)
+        most += mass_bytes(self._holding.pack, [self._max_tokens] * self._pool.num_kv_heads)
         self._receiver = build_transport(manifest.transport).receiver(
-            num_layers=self._pool.num_layers, max_layer_bytes=self._max_layer_bytes(self._codec)
+            num_layers=self._pool.num_layers, max_layer_bytes=most
         )
 
     def take(self, frame: ShipFrame) -> None:
@@ -79,25 +82,24 @@ class Intake:
             raise ShipmentIncompatible(
                 f"the shipment comes by {manifest.transport!r}, we take {', '.join(self._transports)}"
             )
+        if manifest.codec not in CODECS:
+            raise ShipmentIncompatible(f"the shipment's codec is {manifest.codec!r}, we know {', '.join(CODECS)}")
         if manifest.num_tokens > self._max_tokens:
             raise ShipmentCorrupt(f"the shipment holds {manifest.num_tokens} tokens of a prompt of {self._max_tokens}")
 
-    def _max_layer_bytes(self, codec: Codec) -> int:
-        pool = self._pool
-        num_pages = pool.num_kv_heads * -(-self._max_tokens // pool.page_size)
-        return codec.payload_bytes(num_pages, pool.page_size, pool.head_dim, pool.dtype)
-
     def _store(self, received: ReceivedLayer) -> None:
-        assert self._codec is not None
-        pool, lengths = self._pool, received.lengths
-        if len(lengths) != pool.num_kv_heads or not all(0 <= length <= self._max_tokens for length in lengths):
-            raise ShipmentCorrupt(f"layer {received.layer} claims lengths {lengths[:8]} for {pool.num_kv_heads} heads")
-        num_pages = sum(-(-length // pool.page_size) for length in lengths)
-        due = self._codec.payload_bytes(num_pages, pool.page_size, pool.head_dim, pool.dtype)
-        if received.payload.numel() != due:
-            raise ShipmentCorrupt(f"layer {received.layer} has {received.payload.numel()} bytes, {due} are due")
-        pages = torch.from_numpy(self._table.fill_layer(self._row, received.layer, list(lengths))).long()
-        k_pages, v_pages = self._codec.decode(received.payload, num_pages, pool.page_size, pool.head_dim, pool.dtype)
-        pool.write_pages(pages.to(pool.k.device), k_pages, v_pages)
+        assert self._unpacker is not None
+        layer, lengths, payload = received.layer, received.lengths, received.payload
+        if len(lengths) != self._pool.num_kv_heads or not all(0 <= length <= self._max_tokens for length in lengths):
+            raise ShipmentCorrupt(f"layer {layer} claims lengths {lengths[:8]} for {self._pool.num_kv_heads} heads")
+        mass_due = mass_bytes(self._holding.pack, lengths)
+        due = self._unpacker.payload_bytes(lengths) + mass_due
+        if payload.numel() != due:
+            raise ShipmentCorrupt(f"layer {layer} has {payload.numel()} bytes, {due} are due")
+        pages = self._memory.claim(self._holding, layer, lengths)
+        if mass_due:
+            payload, mass = split_mass(payload, lengths)
+            self._memory.remember(self._holding, layer, lengths, mass)
+        self._unpacker.store(pages, lengths, payload, self._memory.summaries_for(self._holding))
         self.num_layers += 1
         self.num_bytes += due

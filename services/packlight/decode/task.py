@@ -1,7 +1,7 @@
 """One request on a decode worker: how far it is, and what it holds. Plain state, owned by the worker.
 
 QUEUED ──admit──▶ FETCHING ──all layers stored──▶ READY ──joins the batch──▶ RUNNING ──▶ CLOSED
-   holds nothing    holds a row, pages, and a reservation for all it can ever need        holds nothing
+   holds nothing    its holding is open: a row, pages, and all it can ever need           holds nothing
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from packlight.compress.budget import read_budget
+from packlight.compress.recipes import codec_of
 from packlight.core.shipping import Shipped
 from packlight.core.types import GenerateEvent, GenerateRequest, KVUsage, Timings, Token, Usage
+from packlight.decode.memory import Holding
 from packlight.engine.sampler import PenaltyState
 
 Sink = Callable[[GenerateEvent], None]
@@ -30,17 +33,15 @@ class Stage(StrEnum):
 class Task:
     request: GenerateRequest
     sink: Sink
-    num_reserved_pages: int
+    holding: Holding
     arrived_s: float
     stage: Stage = Stage.QUEUED
-    row: int = -1
     generated: list[int] = field(default_factory=list)
     penalties: PenaltyState | None = None
     num_cached_tokens: int = 0
     received_bytes: int = 0
     shipped: Shipped | None = None
     timings: Timings = field(default_factory=Timings)
-    admitted_s: float = 0.0
     first_token_s: float = 0.0
     ready_s: float = 0.0
     fetch: asyncio.Task[None] | None = None
@@ -52,10 +53,6 @@ class Task:
         """Tokens of the answer that an earlier worker generated."""
         return len(self.request.token_ids) - self.request.num_prompt_tokens
 
-    def prompt_and_resumed(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        border = self.request.num_prompt_tokens
-        return self.request.token_ids[:border], self.request.token_ids[border:]
-
     @property
     def num_generated(self) -> int:
         """Of the whole answer."""
@@ -66,6 +63,24 @@ class Task:
         """The position of the newest token, which the next step stores."""
         return len(self.request.token_ids) + len(self.generated) - 1
 
+    def admit(self, now_s: float) -> None:
+        """QUEUED to FETCHING."""
+        self.stage = Stage.FETCHING
+        self.note(decode_queue_s=now_s - self.arrived_s)
+        if self.request.sampling.has_penalties:
+            border = self.request.num_prompt_tokens
+            self.penalties = PenaltyState(self.request.token_ids[:border], self.request.token_ids[border:])
+
+    def become_ready(self, shipped: Shipped, now_s: float) -> None:
+        """FETCHING to READY."""
+        self.stage, self.shipped, self.ready_s = Stage.READY, shipped, now_s
+        self.note(
+            prefill_queue_s=shipped.queue_s,
+            prefill_s=shipped.prefill_s,
+            select_s=shipped.select_s,
+            transfer_s=now_s - self.first_token_s,
+        )
+
     def add(self, token: Token) -> None:
         self.generated.append(token.token_id)
         if self.penalties is not None:
@@ -75,14 +90,17 @@ class Task:
         self.timings = replace(self.timings, **timings)
 
     def usage(self) -> Usage:
-        kv = KVUsage(recipe=self.request.pack.recipe, shipped_bytes=self.received_bytes)
+        pack = self.request.pack
+        kv = KVUsage(recipe=pack.recipe, codec=codec_of(pack), shipped_bytes=self.received_bytes)
         if self.shipped is not None:
-            kv = KVUsage(
-                recipe=self.request.pack.recipe,
+            kv = replace(
+                kv,
                 num_kept_tokens=self.shipped.num_kept_tokens,
                 shipped_bytes=self.shipped.shipped_bytes,
                 exact_bytes=self.shipped.exact_bytes,
                 retained_mass=self.shipped.retained_mass,
+                num_grown_tokens=self.shipped.num_grown_tokens,
+                num_read_tokens=min(self.shipped.num_kept_tokens, read_budget(pack, self.request.num_prompt_tokens)),
             )
         return Usage(
             num_prompt_tokens=self.request.num_prompt_tokens,

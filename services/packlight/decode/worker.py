@@ -1,9 +1,9 @@
 """The decode worker: packed KV in, tokens out, many requests in one batch.
 
-One loop owns all state: admit, join, run, commit, emit. Only this file awaits; what a request may need is decided in
-`admission.py`, what a shipment must be in `intake.py`.
+One loop owns all state: admit, join, run, commit, emit. Only this file and `fetch.py` await; what a request may need is
+decided in `admission.py`, what it holds is in `memory.py`, what a shipment must be in `intake.py`.
 
-Pages and the row of a request have one way out, `_close`. While a step runs, the requests in it are only marked: the
+What a request holds has one way out, `_close`. While a step runs, the requests in it are only marked: the
 compute thread still reads their pages, and the next step begins by closing them.
 """
 
@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 
 from packlight.core.config import DecodeConfig
 from packlight.core.errors import (
@@ -22,6 +23,7 @@ from packlight.core.errors import (
     PacklightError,
     QueueFull,
     ShipmentCorrupt,
+    WorkerError,
 )
 from packlight.core.rate import Rate
 from packlight.core.shipping import FirstToken, Shipped, compatibility_hash
@@ -37,14 +39,12 @@ from packlight.core.types import (
     WorkerLoad,
     is_terminal,
 )
-from packlight.decode.admission import Reservations, check_fits, pages_needed
 from packlight.decode.fetch import Fetcher, PrefillClients
+from packlight.decode.memory import DecodeMemory
+from packlight.decode.step import run_step
 from packlight.decode.task import Sink, Stage, Task
 from packlight.engine.compute import Compute
-from packlight.engine.runner import Runner
-from packlight.engine.sampler import PenaltyState, SampleRow, sample
-from packlight.kv.pages import PageBook
-from packlight.kv.table import HeadPageTable
+from packlight.engine.runner import DecodeRunner
 from packlight.telemetry.metrics import DecodeMetrics
 
 Clock = Callable[[], float]
@@ -56,7 +56,7 @@ class DecodeWorker:
     def __init__(
         self,
         config: DecodeConfig,
-        runner: Runner,
+        runner: DecodeRunner,
         compute: Compute,
         clients: PrefillClients,
         *,
@@ -65,17 +65,8 @@ class DecodeWorker:
     ) -> None:
         self._config, self._runner, self._compute = config, runner, compute
         self._metrics, self._clock = metrics, clock
-        pool = runner.pool
-        self._book = PageBook(pool.num_head_pages)
-        self._reservations = Reservations(pool.num_head_pages)
-        self._table = HeadPageTable(
-            self._book,
-            num_rows=config.max_batch,
-            num_layers=pool.num_layers,
-            num_kv_heads=pool.num_kv_heads,
-            page_size=pool.page_size,
-        )
-        self._fetcher = Fetcher(config, pool, self._table, self.compatibility, clients)
+        self._memory = DecodeMemory(runner.model.spec, runner.pool, num_rows=config.max_batch)
+        self._fetcher = Fetcher(config, self._memory, self.compatibility, clients)
         self._queue: list[Task] = []
         self._admitted: list[Task] = []
         self._stepping: list[Task] = []
@@ -97,11 +88,9 @@ class DecodeWorker:
         events: asyncio.Queue[GenerateEvent] = asyncio.Queue()
         task = self.submit(request, events.put_nowait)
         try:
-            while True:
-                event = await events.get()
+            while not is_terminal(event := await events.get()):
                 yield event
-                if is_terminal(event):
-                    return
+            yield event
         finally:
             self.cancel(task)
 
@@ -138,8 +127,8 @@ class DecodeWorker:
         return WorkerLoad(
             num_running=len(self._admitted),
             num_queued=len(self._queue),
-            num_free_pages=self._reservations.num_free,
-            num_total_pages=self._reservations.num_total,
+            num_free_pages=self._memory.reservations.num_free,
+            num_total_pages=self._memory.reservations.num_total,
             step_s=1 / self._steps.per_s if self._steps.per_s else 0.0,
         )
 
@@ -153,11 +142,7 @@ class DecodeWorker:
 
     def check(self) -> None:
         """Verify the page books and reservations against every request that holds pages."""
-        self._book.check([self._table.held(task.row) for task in self._admitted])
-        if self._reservations.num_reserved != sum(task.num_reserved_pages for task in self._admitted):
-            raise InternalError(
-                f"{self._reservations.num_reserved} pages are reserved, admitted requests say otherwise"
-            )
+        self._memory.check([task.holding for task in self._admitted])
 
     # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -165,13 +150,15 @@ class DecodeWorker:
         batch = self._join()
         if not batch:
             return
-        self._table.grow([task.row for task in batch])
+        self._memory.grow(task.holding for task in batch)
         started = self._clock()
         self._stepping = batch
         try:
-            tokens = await self._compute.run(lambda: self._run(batch))
+            tokens = await self._compute.run(partial(run_step, self._runner, self._memory, batch))
         except Exception as error:
-            self._fail_step(batch, error)
+            reported = error if isinstance(error, PacklightError) else InternalError(f"decode step failed: {error!r}")
+            for task in batch:
+                self._fail(task, reported)
             return
         finally:
             self._stepping = []
@@ -186,27 +173,8 @@ class DecodeWorker:
                 task.stage = Stage.RUNNING
         return [task for task in self._admitted if task.stage is Stage.RUNNING]
 
-    def _run(self, batch: Sequence[Task]) -> list[Token | InternalError]:
-        """On the compute thread: store the newest token of each request and draw the next."""
-        logits = self._runner.decode(
-            self._table,
-            [task.row for task in batch],
-            [task.generated[-1] for task in batch],
-            [task.next_position for task in batch],
-        )
-        return sample(logits, [self._sample_row(task) for task in batch])
-
-    def _sample_row(self, task: Task) -> SampleRow:
-        request = task.request
-        return SampleRow(
-            params=request.sampling,
-            position=task.next_position + 1,
-            penalties=task.penalties,
-            banned_token_ids=request.stop.banned(task.num_generated),
-        )
-
     def _commit(self, batch: Sequence[Task], tokens: Sequence[Token | InternalError], elapsed_s: float) -> None:
-        self._table.advance([task.row for task in batch])
+        self._memory.advance(task.holding for task in batch)
         for task, token in zip(batch, tokens, strict=True):
             if task.cancelled:
                 self._close(task)
@@ -229,11 +197,6 @@ class DecodeWorker:
         if reason is not None:
             self._finish(task, reason)
 
-    def _fail_step(self, batch: Sequence[Task], error: Exception) -> None:
-        reported = error if isinstance(error, PacklightError) else InternalError(f"decode step failed: {error!r}")
-        for task in batch:
-            self._fail(task, reported)
-
     # ── fetching the KV of one request ───────────────────────────────────────────────────────────────────────────
 
     async def _fetch(self, task: Task) -> None:
@@ -248,7 +211,8 @@ class DecodeWorker:
                     if task.stage is not Stage.FETCHING:
                         return
         except PacklightError as error:
-            error.worker_id = error.worker_id or task.request.prefill_id
+            if isinstance(error, WorkerError):  # a shipment is wrong; what we lack is not the prefill worker's fault
+                error.worker_id = error.worker_id or task.request.prefill_id
             self._fail(task, error)
         except Exception as error:
             self._fail(task, InternalError(f"fetching the KV failed: {error!r}"))
@@ -263,22 +227,16 @@ class DecodeWorker:
     def _become_ready(self, task: Task, shipped: Shipped) -> None:
         if not task.generated:
             raise ShipmentCorrupt("the shipment ended without a first token")
-        task.shipped, task.ready_s, task.stage = shipped, self._clock(), Stage.READY
-        task.note(
-            prefill_queue_s=shipped.queue_s,
-            prefill_s=shipped.prefill_s,
-            select_s=shipped.select_s,
-            transfer_s=task.ready_s - task.first_token_s,
-        )
+        self._memory.settle(task.holding)
+        task.become_ready(shipped, self._clock())
         self._metrics.observe_transfer(task.timings.transfer_s)
+        usage = task.usage()
+        kv = usage.kv
         self._metrics.observe_shipment(
-            task.request.pack.recipe,
-            shipped.num_kept_tokens,
-            shipped.shipped_bytes,
-            shipped.exact_bytes,
-            shipped.retained_mass,
+            kv.recipe, kv.num_kept_tokens, kv.shipped_bytes, kv.exact_bytes, kv.retained_mass
         )
-        task.sink(Progress(task.request.request_id, task.usage()))
+        task.sink(Progress(task.request.request_id, usage))
+        self._admit()
         self._wake.set()
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────
@@ -289,25 +247,19 @@ class DecodeWorker:
         if len(self._queue) >= self._config.max_queue:
             raise QueueFull(f"decode queue is full ({self._config.max_queue} requests wait)", retry_after_s=1.0)
         self._runner.model.spec.check_prompt(request.token_ids, request.num_prompt_tokens)
-        num_pages = pages_needed(request, self._runner.model.spec, self._runner.pool.page_size)
-        check_fits(num_pages, self._reservations.num_total)
-        return Task(request, sink, num_pages, arrived_s=self._clock())
+        return Task(request, sink, self._memory.plan(request), arrived_s=self._clock())
 
     def _admit(self) -> None:
         """Start fetching for waiting requests, oldest first, as long as rows and reservations last."""
-        while self._queue and self._table.num_free_rows and self._reservations.take(self._queue[0].num_reserved_pages):
+        while self._queue and self._memory.open(self._queue[0].holding):
             task = self._queue.pop(0)
-            task.row, task.stage, task.admitted_s = self._table.open(), Stage.FETCHING, self._clock()
-            task.note(decode_queue_s=task.admitted_s - task.arrived_s)
+            task.admit(self._clock())
             self._metrics.observe_queue(task.timings.decode_queue_s)
-            if task.request.sampling.has_penalties:
-                prompt, resumed = task.prompt_and_resumed()
-                task.penalties = PenaltyState(prompt, resumed)
             self._admitted.append(task)
             task.fetch = asyncio.create_task(self._fetch(task))
         self._metrics.set_queue(len(self._queue))
         self._metrics.set_running(len(self._admitted))
-        self._metrics.set_pages(self._book.num_free, self._book.num_held, 0)
+        self._metrics.set_pages(self._memory.book.num_free, self._memory.book.num_held, 0)
 
     def _finish(self, task: Task, reason: FinishReason) -> None:
         self._metrics.count_request("completed")
@@ -331,15 +283,14 @@ class DecodeWorker:
             self._close(task)
 
     def _close(self, task: Task) -> None:
-        """The one way out of pages, row and reservation."""
+        """The one way out of what a request holds."""
         if task.stage is Stage.CLOSED:
             return
         if task.stage is Stage.QUEUED:
             self._queue.remove(task)
         else:
             self._admitted.remove(task)
-            self._table.close(task.row)
-            self._reservations.give_back(task.num_reserved_pages)
+            self._memory.close(task.holding)
         task.stage = Stage.CLOSED
         if task.alarm is not None:
             task.alarm.cancel()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import overload
 
 import torch
 
 from packlight.attention.registry import BACKENDS
-from packlight.core.config import KVConfig, ModelConfig, WorkerSection
-from packlight.core.types import Role
-from packlight.engine.runner import Runner
-from packlight.kv.pool import KVPool
+from packlight.compress.recipes import CODECS
+from packlight.core.config import DecodeConfig, KVConfig, ModelConfig, PrefillConfig
+from packlight.core.errors import ConfigError, InvalidRequest
+from packlight.core.types import ModelSpec, Role
+from packlight.engine.runner import DecodeRunner, Runner
+from packlight.kv.coded import CodedPool
+from packlight.kv.pool import KVPool, PackedPool
 from packlight.models.base import LanguageModel, load_model
 from packlight.models.fake import DECODE_BIAS, PREFILL_BIAS, FakeModel
 from packlight.models.opened import OpenedModel
@@ -25,13 +29,44 @@ def build_model(
     return load_model(opened.folder, opened.spec, device=config.device, on_progress=on_progress)
 
 
-def build_runner(model: LanguageModel, device: str, kv: KVConfig, section: WorkerSection) -> Runner:
-    """`model` over a pool of `section.kv_memory_bytes`."""
-    pool = KVPool.of_size(
-        model.spec,
-        memory_bytes=section.kv_memory_bytes,
-        page_size=kv.page_size,
-        dtype=getattr(torch, model.spec.dtype),
-        device=device if model.spec.name != "fake" else "cpu",
-    )
-    return Runner(model, pool, BACKENDS.load(section.attention)())
+@overload
+def build_runner(model: LanguageModel, device: str, kv: KVConfig, section: PrefillConfig) -> Runner: ...
+@overload
+def build_runner(model: LanguageModel, device: str, kv: KVConfig, section: DecodeConfig) -> DecodeRunner: ...
+def build_runner(
+    model: LanguageModel, device: str, kv: KVConfig, section: PrefillConfig | DecodeConfig
+) -> Runner | DecodeRunner:
+    """`model` over a pool of `section.kv_memory_bytes`: of exact KV for prefill, of packed KV for decode.
+
+    Raises ConfigError for an unknown backend or codec, or if not one block fits."""
+    backend = BACKENDS.load(section.attention)()
+    where = device if model.spec.name != "fake" else "cpu"
+    if isinstance(section, DecodeConfig):
+        return DecodeRunner(model, packed_pool(model.spec, where, kv.page_size, section), backend)
+    return Runner(model, _exact_pool(model.spec, where, kv.page_size, section.kv_memory_bytes), backend)
+
+
+def packed_pool(spec: ModelSpec, device: str, page_size: int, section: DecodeConfig) -> PackedPool:
+    """The pool of a decode worker: as it is computed with, or coded."""
+    if section.kv_codec not in CODECS:
+        raise ConfigError(f"decode.kv_codec: unknown codec {section.kv_codec!r}; choose one of {', '.join(CODECS)}")
+    if section.kv_codec == "native":
+        return _exact_pool(spec, device, page_size, section.kv_memory_bytes)
+    try:
+        return CodedPool.of_size(
+            spec,
+            CODECS.load(section.kv_codec)(),
+            memory_bytes=section.kv_memory_bytes,
+            # One per head that is being appended to; a layer that arrives has no more.
+            max_open_pages=section.max_batch * spec.num_layers * spec.num_kv_heads,
+            page_size=page_size,
+            dtype=getattr(torch, spec.dtype),
+            device=device,
+        )
+    except InvalidRequest as error:  # the codec has no form for this head dim
+        raise ConfigError(f"decode.kv_codec: {error.message}") from None
+
+
+def _exact_pool(spec: ModelSpec, device: str, page_size: int, memory_bytes: int) -> KVPool:
+    dtype = getattr(torch, spec.dtype)
+    return KVPool.of_size(spec, memory_bytes=memory_bytes, page_size=page_size, dtype=dtype, device=device)

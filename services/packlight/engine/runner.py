@@ -16,7 +16,9 @@ from torch import Tensor
 
 from packlight.attention.base import AttentionBackend, DecodeBatch, LayerHook, PrefillBatch, PrefillChunk
 from packlight.kv.pages import PageIds
-from packlight.kv.pool import KVPool
+from packlight.kv.pool import KVPool, PackedPool
+from packlight.kv.reading import Reading
+from packlight.kv.summaries import PageSummaries
 from packlight.kv.table import HeadPageTable
 from packlight.models.base import LanguageModel
 
@@ -31,12 +33,42 @@ class ChunkWork:
     wants_logits: bool
 
 
-class Runner:
-    """One model over one pool. Two runners may share a model: it keeps no state between calls."""
+class DecodeRunner:
+    """One model over one pool of packed KV. Runners may share a model: it keeps no state between calls."""
+
+    def __init__(self, model: LanguageModel, pool: PackedPool, backend: AttentionBackend) -> None:
+        self.model, self.pool, self.backend = model, pool, backend
+
+    def decode(
+        self,
+        table: HeadPageTable,
+        rows: Sequence[int],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        *,
+        reads: Sequence[Reading | None] = (),
+        summaries: PageSummaries | None = None,
+        on_layer: LayerHook | None = None,
+    ) -> Tensor:
+        """Store one token per row (room was made by `table.grow`) and return the logits `[R, V]` of all rows.
+
+        `reads` has one entry per row; for it, `summaries` and `on_layer` see `DecodeBatch`."""
+        batch = DecodeBatch(self.pool, table, tuple(rows), tuple(reads), summaries, on_layer)
+        every_row_R = torch.arange(len(rows), device=self.pool.device)
+        with torch.inference_mode():
+            return self.model.forward(self._ids(token_ids), self._ids(positions), self.backend.plan(batch), every_row_R)
+
+    def _ids(self, values: Sequence[int] | PageIds) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.int64, device=self.pool.device)
+
+
+class Runner(DecodeRunner):
+    """One model over one pool of whole blocks, which holds exact KV as well."""
+
+    pool: KVPool
 
     def __init__(self, model: LanguageModel, pool: KVPool, backend: AttentionBackend) -> None:
-        self.model, self.pool, self.backend = model, pool, backend
-        self._device = pool.k.device
+        super().__init__(model, pool, backend)
 
     def prefill(self, works: Sequence[ChunkWork], on_layer: LayerHook | None = None) -> Tensor:
         """Store the KV of all chunks; logits `[R, V]` of the last token of each chunk that wants them, in order."""
@@ -51,18 +83,7 @@ class Runner:
                 ends.append(start - 1)
         batch = PrefillBatch(self.pool, tuple(chunks), on_layer)
         tokens_T = self._ids([token for work in works for token in work.token_ids])
-        positions_T = torch.cat([torch.arange(w.start, w.start + len(w.token_ids), device=self._device) for w in works])
+        device = self.pool.device
+        positions_T = torch.cat([torch.arange(w.start, w.start + len(w.token_ids), device=device) for w in works])
         with torch.inference_mode():
             return self.model.forward(tokens_T, positions_T, self.backend.plan(batch), self._ids(ends))
-
-    def decode(
-        self, table: HeadPageTable, rows: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]
-    ) -> Tensor:
-        """Store one token per row (room was made by `table.grow`) and return the logits `[R, V]` of all rows."""
-        batch = DecodeBatch(self.pool, table, tuple(rows))
-        every_row_R = torch.arange(len(rows), device=self._device)
-        with torch.inference_mode():
-            return self.model.forward(self._ids(token_ids), self._ids(positions), self.backend.plan(batch), every_row_R)
-
-    def _ids(self, values: Sequence[int] | PageIds) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.int64, device=self._device)

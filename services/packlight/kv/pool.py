@@ -2,7 +2,7 @@
 
 Knows one memory, seen in three ways. Does not know who holds which page (`kv/pages.py`) or why.
 
-Legend: N blocks, L layers, K KV heads, P page size, D head dim, T tokens, S tokens of one sequence.
+Legend: N blocks, L layers, K KV heads, P page size, D head dim, T tokens, S tokens of one sequence, X items of a call.
 
     k, v          [N, L, K, P, D]   a block is P tokens of every layer and KV head: the unit of exact KV
     head pages    [N*L*K, P, D]     one (block, layer, head): the unit of packed KV; id = (block * L + layer) * K + head
@@ -14,6 +14,7 @@ Keys are stored after RoPE, so a page can be read without knowing where in the p
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from packlight.core.errors import ConfigError
 from packlight.core.types import ModelSpec
+from packlight.kv.pages import PageIds
 
 CACHE_LINE_BYTES = 64
 
@@ -42,6 +44,43 @@ def zeros_on_first_touch(shape: tuple[int, ...], dtype: torch.dtype, device: str
     return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
 
 
+class PackedPool(Protocol):
+    """What decoding needs of the memory behind head pages: they are written whole or token by token, and read whole.
+
+    Head pages and token slots are int64 indices on the pool's device, X of them in a call."""
+
+    page_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def num_head_pages(self) -> int: ...
+
+    @property
+    def memory_bytes(self) -> int: ...
+
+    def write_pages(self, pages_X: Tensor, k_XPD: Tensor, v_XPD: Tensor, num_tokens_X: Tensor | None = None) -> None:
+        """Store head pages, whatever they held before. Page i holds the first `num_tokens_X[i]` tokens, 1 to P (without
+        that argument: P); what comes after them is stored as it is."""
+        ...
+
+    def append(self, slots_X: Tensor, k_XD: Tensor, v_XD: Tensor) -> None:
+        """Store one token at each slot, no two in the same page: behind the page's last token, or over a stored one."""
+        ...
+
+    def gather(self, pages_X: Tensor, k_XPD: Tensor, v_XPD: Tensor) -> None:
+        """Copy head pages into contiguous `k_XPD` and `v_XPD` of the pool's dtype. A page that was never written, or
+        the unused end of one, reads as something finite."""
+        ...
+
+    def release(self, pages: PageIds) -> None:
+        """The pages went back to the books. Every page does before it is used anew."""
+        ...
+
+
 class KVPool:
     """Memory for `num_blocks` blocks, K and V apart, zeroed once (a page's unused tail must stay finite)."""
 
@@ -50,6 +89,7 @@ class KVPool:
     ) -> None:
         self.num_blocks, self.page_size, self.dtype = num_blocks, page_size, dtype
         self.num_layers, self.num_kv_heads, self.head_dim = spec.num_layers, spec.num_kv_heads, spec.head_dim
+        self.device = torch.device(device)
         shape = (num_blocks, self.num_layers, self.num_kv_heads, page_size, self.head_dim)
         self.k = zeros_on_first_touch(shape, dtype, device)
         self.v = zeros_on_first_touch(shape, dtype, device)
@@ -77,6 +117,10 @@ class KVPool:
         """Of K and V together."""
         return 2 * self.page_size * self.head_dim * self.dtype.itemsize
 
+    @property
+    def memory_bytes(self) -> int:
+        return self.num_head_pages * self.head_page_bytes
+
     def write_blocks(self, layer: int, blocks_T: Tensor, offsets_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Store one layer's K and V of T tokens at (block, offset in the block)."""
         self.k[blocks_T, layer, :, offsets_T] = k_TKD
@@ -93,7 +137,17 @@ class KVPool:
         pages_KNPD = memory[:, layer].index_select(0, blocks).transpose(0, 1)
         return pages_KNPD.reshape(self.num_kv_heads, -1, self.head_dim)[:, :num_tokens]
 
-    def write_pages(self, pages: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
-        """Store whole head pages: `k_pages` and `v_pages` are `[len(pages), P, D]`."""
-        self.k_pages.index_copy_(0, pages, k_pages)
-        self.v_pages.index_copy_(0, pages, v_pages)
+    def write_pages(self, pages_X: Tensor, k_XPD: Tensor, v_XPD: Tensor, num_tokens_X: Tensor | None = None) -> None:
+        self.k_pages.index_copy_(0, pages_X, k_XPD)
+        self.v_pages.index_copy_(0, pages_X, v_XPD)
+
+    def append(self, slots_X: Tensor, k_XD: Tensor, v_XD: Tensor) -> None:
+        self.k_slots.index_copy_(0, slots_X, k_XD)
+        self.v_slots.index_copy_(0, slots_X, v_XD)
+
+    def gather(self, pages_X: Tensor, k_XPD: Tensor, v_XPD: Tensor) -> None:
+        torch.index_select(self.k_pages, 0, pages_X, out=k_XPD)
+        torch.index_select(self.v_pages, 0, pages_X, out=v_XPD)
+
+    def release(self, pages: PageIds) -> None:
+        """Nothing to do: a head page's memory is its own, and is written before it is read."""

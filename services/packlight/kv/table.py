@@ -4,9 +4,11 @@ Knows rows, page numbers and lengths (array arithmetic, no tensors, no bytes). O
 
 Legend: R rows, L layers, K KV heads, M pages per head at most.
 
-    pages    [R, L, K, M] int32   head page ids; only the first ceil(length / page_size) of a head mean anything
-    lengths  [R, L, K]    int32   tokens stored. Lengths differ by layer and head (that is what packing is), so they
-                                  are *not* positions: RoPE, stop limits and usage count positions instead.
+    pages      [R, L, K, M] int32   head page ids; only the first ceil(length / page_size) of a head mean anything
+    lengths    [R, L, K]    int32   tokens stored. Lengths differ by layer and head (that is what packing is), so they
+                                    are *not* positions: RoPE, stop limits and usage count positions instead.
+    overwrite  [R, L, K]    int32   index of the stored token whose place the next token takes, -1 to append. Eviction
+                                    while decoding sets it between two steps; such a head does not grow.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ class HeadPageTable:
         shape = (num_rows, num_layers, num_kv_heads)
         self.pages: Int32s = np.zeros((*shape, 1), dtype=np.int32)
         self.lengths: Int32s = np.zeros(shape, dtype=np.int32)
+        self.overwrite: Int32s = np.full(shape, -1, dtype=np.int32)
         self._num_pages: Int32s = np.zeros(shape, dtype=np.int32)
         self._free_rows = list(range(num_rows - 1, -1, -1))
 
@@ -51,9 +54,9 @@ class HeadPageTable:
         return pages
 
     def grow(self, rows: list[int]) -> None:
-        """Make room for one more token in every head of `rows`: a page wherever the last one is full."""
-        lengths, num_pages = self.lengths[rows], self._num_pages[rows]
-        index = np.nonzero(lengths == num_pages * self._page_size)
+        """Make room for the next token in every head of `rows`: a page wherever it is appended and the last is full."""
+        num_pages = self._num_pages[rows]
+        index = np.nonzero(self.new_lengths(rows) > num_pages * self._page_size)
         if len(index[0]) == 0:
             return
         self._reserve_columns(int(num_pages.max()) + 1)
@@ -61,9 +64,20 @@ class HeadPageTable:
         self.pages[(*heads, self._num_pages[heads])] = self._book.allocate(len(index[0]))
         self._num_pages[heads] += 1
 
+    def new_lengths(self, rows: list[int]) -> Int32s:
+        """`[B, L, K]`: tokens stored in the heads of `rows` once each has its next token."""
+        lengths: Int32s = self.lengths[rows] + (self.overwrite[rows] < 0)
+        return lengths
+
+    def new_index(self, rows: list[int]) -> Int32s:
+        """`[B, L, K]`: which of a head's stored tokens the next one will be."""
+        overwrite = self.overwrite[rows]
+        return np.where(overwrite < 0, self.lengths[rows], overwrite)
+
     def advance(self, rows: list[int]) -> None:
-        """One token was stored in every head of `rows`."""
-        self.lengths[rows] += 1
+        """One token was stored in every head of `rows`; the next one is appended unless `overwrite` is set again."""
+        self.lengths[rows] = self.new_lengths(rows)
+        self.overwrite[rows] = -1
 
     def num_pages(self, row: int) -> int:
         return int(self._num_pages[row].sum())
@@ -78,6 +92,7 @@ class HeadPageTable:
         """Release the row and its pages."""
         self._book.release(self.held(row))
         self.lengths[row] = self._num_pages[row] = 0
+        self.overwrite[row] = -1
         self._free_rows.append(row)
 
     def _reserve_columns(self, num_columns: int) -> None:

@@ -40,8 +40,8 @@ async def serve(
     runner = build_runner(model, config.model.device, config.kv, section)
     worker = PrefillWorker(section, runner, compute, metrics=PrefillMetrics(registry))
     identity = worker_identity(Role.PREFILL, section, environ)
-    publisher = Publisher(index, model.spec.fingerprint, Holder(*identity), worker.cache.prefixes)
-    worker.inventory = publisher
+    publisher = Publisher(index, model.spec.fingerprint, Holder(*identity), worker.blocks.cache.prefixes)
+    worker.blocks.inventory = publisher
     process = WorkerProcess(
         config,
         section,

@@ -6,7 +6,8 @@ Knows the worker's identity on the wire. Does not know what is selected (`shippe
 from __future__ import annotations
 
 from packlight.compress.base import Codec
-from packlight.compress.recipes import CODECS, find_recipe
+from packlight.compress.recipes import CODECS, codec_of
+from packlight.compress.select import Selector
 from packlight.core.shipping import Accepted, Manifest, compatibility_hash
 from packlight.core.types import ModelSpec
 from packlight.kv.pool import KVPool
@@ -41,8 +42,11 @@ class Dispatch:
             context=context,
             window=task.window,
             sender=task.sender,
-            codec=self._codec(self._codec_name(task)),
+            codec=self._codec(codec_of(task.request.pack)),
             outbox=task.outbox,
+            selector=Selector(task.request.pack, num_prompt_tokens=task.anchor, num_tokens=task.num_tokens),
+            accumulated=task.accumulated,
+            shadow=[] if task.has_shadow else None,
         )
 
     def announce(self, task: Task) -> Accepted:
@@ -51,7 +55,7 @@ class Dispatch:
             request_id=task.request.request_id,
             transport=task.transport,
             recipe=task.request.pack.recipe,
-            codec=self._codec_name(task),
+            codec=codec_of(task.request.pack),
             dtype=self._spec.dtype,
             page_size=self._pool.page_size,
             num_layers=self._spec.num_layers,
@@ -60,10 +64,6 @@ class Dispatch:
             num_tokens=task.num_tokens,
         )
         return Accepted(self.compatibility, encode_manifest(manifest))
-
-    @staticmethod
-    def _codec_name(task: Task) -> str:
-        return find_recipe(task.request.pack.recipe).codec
 
     def _codec(self, name: str) -> Codec:
         if name not in self._codecs:

@@ -7,6 +7,10 @@ from enum import StrEnum
 
 import numpy as np
 
+from packlight.compress.accumulate import AccumulatedMass
+from packlight.compress.budget import keeps_all
+from packlight.compress.evict import evicts
+from packlight.compress.recipes import find_recipe
 from packlight.core.hashing import PageHash
 from packlight.core.types import PrefillRequest
 from packlight.kv.pages import PageIds
@@ -37,6 +41,8 @@ class Task:
     started_s: float = 0.0
     cancelled: bool = False
     sender: KVSender | None = None
+    accumulated: AccumulatedMass | None = None
+    has_shadow: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -45,6 +51,12 @@ class Task:
     @property
     def anchor(self) -> int:
         return self.request.num_prompt_tokens
+
+    @property
+    def needs_all_queries(self) -> bool:
+        """Its selection looks at the query of every prompt token, cached or not; or decode goes on evicting by them."""
+        pack = self.request.pack
+        return find_recipe(pack.recipe).needs_all_queries and (evicts(pack) or not keeps_all(pack, self.anchor))
 
     def progress(self) -> Progress:
         return Progress(self.num_done, self.num_tokens, final_start(self.num_tokens, self.anchor, self.window))

@@ -3,14 +3,8 @@
 One loop owns all state: admit, plan, run, commit, emit. Only this file awaits; what to compute is decided in
 `scheduler.py`, what to keep in `compress/`, and how bytes look in `transfer/`.
 
-The life of blocks of one request (`[0, cached)` was in the radix cache, `[cached, n)` is computed):
-
-    admit    share the blocks of [0, cached), allocate blocks for [cached, n), evicting idle ones if need be
-    step     write [done, done + chunk)
-    retire   put the full pages of [0, done) into the cache, release everything; the partial last page is freed
-
 A request is retired when its last layer is packed, when its reader goes away, or when its step fails: in each case by
-`_retire`, so pages have one way out.
+`_retire`, so blocks (`blocks.py`) have one way out.
 """
 
 from __future__ import annotations
@@ -20,8 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
-import numpy as np
-
+from packlight.compress.accumulate import AccumulatedMass
 from packlight.compress.budget import keeps_all
 from packlight.core.config import PrefillConfig
 from packlight.core.errors import Draining, InternalError, PacklightError, QueueFull, RequestNeverFits
@@ -32,13 +25,12 @@ from packlight.core.types import PrefillRequest, Token, WorkerLoad
 from packlight.engine.compute import Compute
 from packlight.engine.runner import ChunkWork, Runner
 from packlight.engine.sampler import PenaltyState, SampleRow, sample
-from packlight.kv.pages import PageBook
-from packlight.kv.radix import RadixCache
+from packlight.prefill.blocks import Blocks
 from packlight.prefill.dispatch import Dispatch
-from packlight.prefill.inventory import Inventory, NoInventory
 from packlight.prefill.outbox import Outbox
-from packlight.prefill.scheduler import ChunkPlan, plan_step, usable_hit
-from packlight.prefill.shipper import Shipment, Shipper
+from packlight.prefill.scheduler import ChunkPlan, plan_step
+from packlight.prefill.shadow import Shadows
+from packlight.prefill.shipper import Shipment, Shipper, Watch
 from packlight.prefill.task import Stage, Task
 from packlight.telemetry.metrics import PrefillMetrics
 
@@ -58,10 +50,9 @@ class PrefillWorker:
         clock: Clock = time.monotonic,
     ) -> None:
         self._config, self._runner, self._compute, self._metrics, self._clock = config, runner, compute, metrics, clock
-        self.inventory: Inventory = NoInventory()
-        self._book = PageBook(runner.pool.num_blocks)
-        self.cache = RadixCache(self._book)
+        self.blocks = Blocks(runner.pool.num_blocks, runner.pool.page_size)
         self._dispatch = Dispatch(runner.model.spec, runner.pool)
+        self._shadows = Shadows(config.shadow_ratio, runner, compute, self.blocks.book, metrics)
         self._queue: list[Task] = []
         self._admitted: list[Task] = []
         self._shipping: set[Task] = set()
@@ -102,8 +93,8 @@ class PrefillWorker:
             num_running=len(self._admitted) + len(self._shipping),
             num_queued=len(self._queue),
             num_queued_tokens=sum(task.num_tokens - task.num_done for task in waiting),
-            num_free_pages=self._book.num_free + self._book.num_cached,
-            num_total_pages=self._book.num_pages,
+            num_free_pages=self.blocks.num_available,
+            num_total_pages=self.blocks.book.num_pages,
             tokens_per_s=self._prefilled.per_s,
             ship_bytes_per_s=self._shipped.per_s,
         )
@@ -118,8 +109,7 @@ class PrefillWorker:
 
     def check(self) -> None:
         """Verify the page books against every task that holds blocks."""
-        self._book.check([task.blocks for task in self._admitted])
-        self.cache.check()
+        self.blocks.check(self._admitted)
 
     # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -144,6 +134,7 @@ class PrefillWorker:
             return
         self._measure(plan, self._clock() - started)
         self._commit(plan, tasks, tokens, shipments)
+        await self._shadows.compare_all()
 
     def _drop_cancelled(self) -> None:
         for task in [task for task in self._admitted if task.cancelled]:
@@ -154,7 +145,7 @@ class PrefillWorker:
         """Give blocks to waiting requests, oldest first, as long as they fit and readers keep up."""
         while self._queue and len(self._admitted) + len(self._shipping) < 2 * self._config.max_prompts:
             task = self._queue[0]
-            if not self._take_blocks(task):
+            if not self._start(task):
                 break
             self._queue.pop(0)
             self._admitted.append(task)
@@ -163,22 +154,16 @@ class PrefillWorker:
     def _show_state(self) -> None:
         self._metrics.set_queue(len(self._queue))
         self._metrics.set_running(len(self._admitted) + len(self._shipping))
-        self._metrics.set_pages(self._book.num_free, self._book.num_held, self._book.num_cached)
+        book = self.blocks.book
+        self._metrics.set_pages(book.num_free, book.num_held, book.num_cached)
 
-    def _take_blocks(self, task: Task) -> bool:
-        page_size = self._runner.pool.page_size
-        hit = self.cache.match(task.hashes)
-        num_cached = usable_hit(len(hit) * page_size, task.num_tokens, task.anchor, task.window, page_size)
-        shared = hit[: num_cached // page_size]
-        num_new = -(-task.num_tokens // page_size) - len(shared)
-        self._book.share(shared)
-        if num_new > self._book.num_free:
-            self.inventory.evicted(self.cache.evict(num_new - self._book.num_free))
-        if num_new > self._book.num_free:
-            self._book.release(shared)
+    def _start(self, task: Task) -> bool:
+        """Whether there are blocks for `task` now."""
+        if not self.blocks.take(task):
             return False
-        task.blocks = np.concatenate([shared, self._book.allocate(num_new)])
-        task.num_cached = task.num_done = num_cached
+        if task.needs_all_queries:
+            spec, device = self._runner.model.spec, self._runner.pool.k.device
+            task.accumulated = AccumulatedMass(spec.num_layers, spec.num_kv_heads, task.anchor, device)
         task.stage, task.started_s = Stage.PREFILLING, self._clock()
         return True
 
@@ -186,17 +171,20 @@ class PrefillWorker:
         self, plan: Sequence[ChunkPlan], tasks: Sequence[Task]
     ) -> tuple[list[Token | InternalError], list[Shipment]]:
         """On the compute thread: the chunks, and the shipments and first tokens of those that end here."""
-        works, shipments, rows, start = [], [], [], 0
+        works, shipments, watches, rows, start = [], [], [], [], 0
         for chunk, task in zip(plan, tasks, strict=True):
             is_last = chunk.end == task.num_tokens
             works.append(ChunkWork(task.request.token_ids[chunk.start : chunk.end], chunk.start, task.blocks, is_last))
+            if task.accumulated is not None and chunk.start < task.anchor:
+                num_rows = min(chunk.end, task.anchor) - chunk.start
+                watches.append(Watch(task.accumulated, task.blocks, start, chunk.start, num_rows))
             if is_last:
                 task.outbox.put_threadsafe([self._dispatch.announce(task)])
                 shipments.append(self._dispatch.open(task, start, chunk.start))
                 rows.append(self._sample_row(task))
             start += chunk.end - chunk.start
-        shipper = Shipper(self._runner.model.spec, self._runner.pool, shipments)
-        logits = self._runner.prefill(works, shipper if shipments else None)
+        shipper = Shipper(self._runner.model.spec, self._runner.pool, shipments, watches)
+        logits = self._runner.prefill(works, shipper if shipments or watches else None)
         return sample(logits, rows), shipments
 
     def _sample_row(self, task: Task) -> SampleRow:
@@ -220,6 +208,9 @@ class PrefillWorker:
                 self._finish(task, *result)
 
     def _finish(self, task: Task, token: Token | InternalError, shipment: Shipment) -> None:
+        if isinstance(token, Token) and shipment.shadow is not None:
+            shadow = tuple(shipment.shadow)
+            self._shadows.add(task.request.pack, shadow, task.blocks, task.num_tokens, token.token_id)
         self._retire(task)
         if isinstance(token, InternalError):
             self._count_failure(token)
@@ -236,14 +227,10 @@ class PrefillWorker:
         self._observe(task, shipped)
 
     def _retire(self, task: Task) -> None:
-        """The one way out of blocks: full pages stay in the cache, every reference goes. What is left is shipping."""
+        """Nothing more is computed; what is left is shipping."""
         self._admitted.remove(task)
-        num_full = task.num_done // self._runner.pool.page_size
-        if num_full:
-            self.cache.insert(task.hashes[:num_full], task.blocks[:num_full])
-            self.inventory.stored(task.hashes[:num_full])
-        self._book.release(task.blocks)
-        task.stage, task.blocks = Stage.SHIPPING, task.blocks[:0]
+        self.blocks.retire(task)
+        task.stage = Stage.SHIPPING
         self._shipping.add(task)
         self._show_state()
 
@@ -274,6 +261,7 @@ class PrefillWorker:
             arrived_s=self._clock(),
             transport=self._dispatch.transport_for(request.transports),
             window=1 if keeps_all(request.pack, request.num_prompt_tokens) else request.pack.window,
+            has_shadow=self._shadows.wants(request),
         )
         self._queue.append(task)
         self._wake.set()
@@ -286,9 +274,9 @@ class PrefillWorker:
             raise QueueFull(f"prefill queue is full ({self._config.max_queue} requests wait)", retry_after_s=1.0)
         self._runner.model.spec.check_prompt(request.token_ids, request.num_prompt_tokens)
         num_blocks = -(-len(request.token_ids) // self._runner.pool.page_size)
-        if num_blocks > self._book.num_pages:
+        if num_blocks > self.blocks.book.num_pages:
             raise RequestNeverFits(
-                f"the prompt needs {num_blocks} KV blocks, the prefill pool has {self._book.num_pages}: "
+                f"the prompt needs {num_blocks} KV blocks, the prefill pool has {self.blocks.book.num_pages}: "
                 "send a shorter prompt or raise prefill.kv_memory_bytes"
             )
 

@@ -13,7 +13,6 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from packlight import __version__
-from packlight.compress.recipes import check_defaults
 from packlight.core.config import Config
 from packlight.core.errors import PacklightError
 from packlight.router.chat import ChatDialect
@@ -41,8 +40,7 @@ def build_app(
     """The OpenAI API over `backend`. `app.state.gate` is the `Gate` that drains it: `gate.drain()` refuses new requests
     and makes the server unready, `await gate.drained()` returns when the last request has ended.
 
-    Raises ConfigError if the fleet's default recipe cannot be."""
-    check_defaults(config.kv.recipe, config.kv.budget)
+    Raises ConfigError if the fleet's default recipe, or a row of its policy, cannot be."""
     gate = Gate(config.router.max_inflight, clock=clock)
     reader = JobReader(config, model.spec)
     services = Services(config.router, model, backend, metrics, gate, reader, clock, wall_clock)

@@ -12,9 +12,11 @@ from typing import Any
 from packlight.core.types import FinishReason, Token
 from packlight.router.choice import Delta, ShownToken
 from packlight.router.dialect import Json, clip
+from packlight.router.instructions import num_instructing_tokens
 from packlight.router.prompts import PromptLimits
 from packlight.router.schema import ChatBody, Message
 from packlight.router.service import ServedModel
+from packlight.router.thinking import asks_to_think, thinks_by_default
 
 
 class ChatDialect:
@@ -28,13 +30,21 @@ class ChatDialect:
     def __init__(self, model: ServedModel, limits: PromptLimits) -> None:
         self._tokenizer = model.tokenizer
         self._limits = limits
+        self._thinks_by_default = thinks_by_default(model.tokenizer)
 
     def prompts(self, body: ChatBody, max_prompts: int) -> list[list[int]]:
         num_bytes = sum(len((message.content or "").encode()) for message in body.messages)
         self._limits.check(num_bytes, self.prompt_param)
-        messages = [_for_template(message) for message in body.messages]
-        options = body.chat_template_kwargs.model_dump(exclude_none=True)
-        return [self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)]
+        return [self._tokens(body.messages, body)]
+
+    def is_reasoning(self, body: ChatBody) -> bool:
+        return asks_to_think(body, by_default=self._thinks_by_default)
+
+    def num_instructing(self, body: ChatBody, token_ids: Sequence[int], limit: int) -> int:
+        def tokenise(messages: Sequence[Message]) -> list[int]:
+            return self._tokens(messages, body)
+
+        return num_instructing_tokens(body.messages, token_ids, limit, tokenise)
 
     def opening(self, index: int) -> Json:
         return _choice(index, {"role": "assistant", "content": "", "refusal": None})
@@ -53,6 +63,11 @@ class ChatDialect:
             "logprobs": None if tokens is None else self._logprobs(tokens),
             "finish_reason": reason.value,
         }
+
+    def _tokens(self, messages: Sequence[Message], body: ChatBody) -> list[int]:
+        options = body.chat_template_kwargs.model_dump(exclude_none=True)
+        shown = [_for_template(message) for message in messages]
+        return self._tokenizer.apply_chat_template(shown, add_generation_prompt=True, **options)
 
     def _logprobs(self, tokens: Sequence[ShownToken]) -> Json:
         return {"content": [self._entry(shown.token) for shown in tokens], "refusal": None}

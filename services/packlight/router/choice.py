@@ -12,6 +12,7 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from packlight.compress.policy import Decision, Plan
 from packlight.core.types import Finished, FinishReason, GenerateRequest, Token, Usage
 from packlight.router.service import Tokenizer
 from packlight.router.stops import StopFinder
@@ -43,9 +44,18 @@ class Choice:
     the text it begins in; tokens that begin at or after a completed stop string are dropped with their text.
     """
 
-    def __init__(self, index: int, request: GenerateRequest, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        index: int,
+        request: GenerateRequest,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        plan: Plan | None = None,
+    ) -> None:
         self.index = index
         self.request = request
+        self.plan = plan or Plan(Decision(request.pack))
+        self.packing = self.plan.usual
         self.num_generated = 0
         self.finish_reason: FinishReason | None = None
         self.usage: Usage | None = None

@@ -41,6 +41,13 @@ class CompletionDialect:
         paths = [f"prompt[{index}]" for index in range(len(prompts))] if _is_many(body.prompt) else ["prompt"]
         return [self._tokens(prompt, path) for prompt, path in zip(prompts, paths, strict=True)]
 
+    def is_reasoning(self, body: CompletionBody) -> bool:
+        return False
+
+    def num_instructing(self, body: CompletionBody, token_ids: Sequence[int], limit: int) -> int:
+        """A text has no parts."""
+        return 0
+
     def opening(self, index: int) -> None:
         return None
 

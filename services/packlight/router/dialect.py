@@ -34,6 +34,14 @@ class Dialect(Protocol[B]):
         """The tokens of every prompt. Raises InvalidRequest or ContextLengthExceeded."""
         ...
 
+    def is_reasoning(self, body: B) -> bool:
+        """Whether the model is likely to think before it answers: such an answer needs more of the prompt."""
+        ...
+
+    def num_instructing(self, body: B, token_ids: Sequence[int], limit: int) -> int:
+        """How many of the prompt's first tokens instruct rather than ask: 0, or at most `limit`."""
+        ...
+
     def opening(self, index: int) -> Json | None:
         """What a stream says of a choice before its text."""
         ...

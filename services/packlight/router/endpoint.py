@@ -120,7 +120,10 @@ class _Exchange:
         self._note(job)
         self._num_samples = job.num_samples
         tokenizer = self._services.model.tokenizer
-        self._choices = [Choice(index, request, tokenizer, job.stops) for index, request in enumerate(job.requests)]
+        self._choices = [
+            Choice(index, request, tokenizer, job.stops, plan)
+            for index, (request, plan) in enumerate(zip(job.requests, job.plans, strict=True))
+        ]
         async with Generation(self._services.backend, self._choices, self._services.clock) as generation:
             await (self._send_stream if job.stream else self._send_whole)(job, generation)
 
@@ -213,3 +216,5 @@ def observe_choice(metrics: RouterMetrics, choice: Choice, started_at: float) ->
     if choice.usage is not None:
         metrics.observe_timings(choice.usage.timings)
         metrics.observe_kv(choice.usage.kv)
+        if choice.packing.is_auto:
+            metrics.count_auto(choice.packing.pack.recipe)

@@ -12,9 +12,9 @@ from contextlib import aclosing
 from typing import Self
 
 from packlight.core.errors import InternalError
-from packlight.core.types import Failed, Finished, GenerateEvent, Progress, Tokens
+from packlight.core.types import Failed, Finished, Progress, Tokens
 from packlight.router.choice import Choice, Delta
-from packlight.router.service import Backend
+from packlight.router.service import Backend, BackendEvent, Decided
 
 # Deltas waiting for a slow reader, per choice. A full queue stops the backend's stream by flow control.
 _QUEUED_DELTAS = 16
@@ -63,7 +63,7 @@ class Generation:
 
     async def _pump(self, choice: Choice) -> None:
         try:
-            async with aclosing(self._backend.generate(choice.request)) as events:
+            async with aclosing(self._backend.generate(choice.request, choice.plan)) as events:
                 async for event in events:
                     delta = self._fold(choice, event)
                     if delta is not None:
@@ -75,8 +75,11 @@ class Generation:
             if not self._left:
                 await self._queue.put(error)
 
-    def _fold(self, choice: Choice, event: GenerateEvent) -> Delta | None:
+    def _fold(self, choice: Choice, event: BackendEvent) -> Delta | None:
         match event:
+            case Decided(decision=decision):
+                choice.packing = decision
+                return None
             case Progress(usage=usage):
                 choice.usage = usage
                 return None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from packlight.compress import recipes
+from packlight.compress.policy import Plan, Policy
 from packlight.core.config import Config
 from packlight.core.errors import InvalidRequest, ModelNotFound
 from packlight.core.types import GenerateRequest, ModelSpec
@@ -23,10 +23,11 @@ from packlight.router.validate import read_request
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A valid request. `requests` holds one entry per choice, in the order of the choices' indices."""
+    """A valid request. `requests` and `plans` hold one entry per choice, in the order of the choices' indices."""
 
     answer_id: str
     requests: tuple[GenerateRequest, ...]
+    plans: tuple[Plan, ...]
     num_samples: int
     stops: tuple[str, ...]
     stream: bool
@@ -44,7 +45,8 @@ class JobReader:
     """Reads requests for one model under one configuration."""
 
     def __init__(self, config: Config, spec: ModelSpec) -> None:
-        self._config, self._spec = config, spec
+        """Raises ConfigError for packing that cannot be."""
+        self._config, self._spec, self._policy = config.router, spec, Policy(config.kv, spec)
 
     def read(self, data: bytes, dialect: Dialect[Any], answer_id: str, time_left_s: Callable[[], float]) -> Job:
         """Raises InvalidRequest, ContextLengthExceeded or ModelNotFound."""
@@ -52,10 +54,13 @@ class JobReader:
         if body.model != self._spec.name:
             raise ModelNotFound(f"This model does not exist. This server has '{self._spec.name}'.", param="model")
         prompts = dialect.prompts(body, self._most_prompts(body))
+        rooms = [self._room(body, tokens, dialect.prompt_param) for tokens in prompts]
+        plans = [self._plan(body, tokens, dialect) for tokens in prompts]
         options = body.stream_options or StreamOptions()
         return Job(
             answer_id=answer_id,
-            requests=self._requests(body, prompts, dialect.prompt_param, answer_id, time_left_s()),
+            requests=self._requests(body, prompts, rooms, plans, answer_id, time_left_s()),
+            plans=tuple(plan for plan in plans for _ in range(body.n)),
             num_samples=body.n,
             stops=tuple(body.stop),
             stream=body.stream,
@@ -66,7 +71,7 @@ class JobReader:
 
     def _most_prompts(self, body: Body) -> int:
         """How many prompts may come with `body.n` samples each. Raises InvalidRequest when not even one may."""
-        limit = self._config.router.max_inflight
+        limit = self._config.max_inflight
         if body.n > limit:
             raise InvalidRequest(
                 f"Invalid 'n': integer above maximum value. Expected a value <= {limit}, but got {body.n} instead.",
@@ -75,16 +80,28 @@ class JobReader:
             )
         return limit // body.n
 
+    def _room(self, body: Body, tokens: list[int], param: str) -> int:
+        default = self._config.default_max_tokens
+        return answer_room(len(tokens), body.max_new_tokens, default, self._spec.max_context, param)
+
+    def _plan(self, body: Body, tokens: list[int], dialect: Dialect[Any]) -> Plan:
+        plan = self._policy.plan(body.kv, len(tokens), is_reasoning=dialect.is_reasoning(body))
+        if not plan.max_protected:
+            return plan
+        return plan.protecting(dialect.num_instructing(body, tokens, plan.max_protected))
+
     def _requests(
-        self, body: Body, prompts: list[list[int]], param: str, answer_id: str, deadline_s: float
+        self,
+        body: Body,
+        prompts: list[list[int]],
+        rooms: list[int],
+        plans: list[Plan],
+        answer_id: str,
+        deadline_s: float,
     ) -> tuple[GenerateRequest, ...]:
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        kv = self._config.kv
-        pack = recipes.resolve(body.kv, default_recipe=kv.recipe, default_budget=kv.budget)
         # An explicit cache policy without breakpoints means "do not share": a salt that nobody else has.
         salt = answer_id if body.prompt_cache_options.mode == "explicit" else body.cache_salt
-        wanted, default = body.max_new_tokens, self._config.router.default_max_tokens
-        rooms = [answer_room(len(tokens), wanted, default, self._spec.max_context, param) for tokens in prompts]
         return tuple(
             GenerateRequest(
                 request_id=f"{answer_id}-{prompt_index * body.n + sample}",
@@ -92,10 +109,10 @@ class JobReader:
                 num_prompt_tokens=len(tokens),
                 sampling=sampling_params(body, derive_seed(seed, sample), self._spec),
                 stop=stop_rules(body, room, self._spec),
-                pack=pack,
+                pack=plan.usual.pack,
                 cache_salt=salt,
                 deadline_s=deadline_s,
             )
-            for prompt_index, (tokens, room) in enumerate(zip(map(tuple, prompts), rooms, strict=True))
+            for prompt_index, (tokens, room, plan) in enumerate(zip(map(tuple, prompts), rooms, plans, strict=True))
             for sample in range(body.n)
         )

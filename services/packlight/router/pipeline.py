@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from packlight.compress.budget import max_pages
+from packlight.compress.policy import Decision, Plan, uses_cache
 from packlight.core.config import RouterConfig
 from packlight.core.errors import NoWorker, PacklightError, WorkerLost
 from packlight.core.hashing import page_hashes
@@ -38,7 +39,7 @@ from packlight.fleet.view import FleetView
 from packlight.prefix.base import PrefixIndex
 from packlight.router.clients import DecodeClients
 from packlight.router.placement import Demand, Outlook, Pair, place
-from packlight.router.service import Readiness
+from packlight.router.service import BackendEvent, Decided, Readiness
 from packlight.telemetry.metrics import RouterMetrics
 
 log = logging.getLogger(__name__)
@@ -134,21 +135,28 @@ class Pipeline:
         }
         return Readiness(bool(hashes[0] & hashes[1]), details)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
+    async def generate(self, request: GenerateRequest, plan: Plan | None = None) -> AsyncGenerator[BackendEvent, None]:
         """The events of one answer, whatever number of workers it takes. When no worker is left to try, the error of
         the last one tried says more than that."""
         started, avoid, so_far = self._clock(), frozenset[WorkerId](), SoFar()
+        plan = plan or Plan(Decision(request.pack))
         error: PacklightError | None = None
         for attempt in range(self._config.max_attempts):
             now = self._resumed(request, so_far, attempt, self._clock() - started)
             try:
-                pair = await self._place(now, avoid)
+                pair = await self._place(now, plan, avoid)
             except NoWorker:
                 if error is None:
                     raise
                 break
-            if error is not None:
+            decision = plan.decide(pair.num_cached_tokens)
+            if error is None:
+                yield Decided(request.request_id, decision)
+            else:
                 self._metrics.count_retry(type(error).__name__)
+            # Whoever takes over selects as the first one did, whatever it has cached.
+            plan = Plan(decision)
+            request, now = replace(request, pack=decision.pack), replace(now, pack=decision.pack)
             async with aclosing(self._attempt(now, pair)) as events:
                 async for event in events:
                     if isinstance(event, Failed):
@@ -174,10 +182,11 @@ class Pipeline:
             deadline_s=max(0.001, request.deadline_s - spent_s),
         )
 
-    async def _place(self, request: GenerateRequest, avoid: frozenset[WorkerId]) -> Pair:
+    async def _place(self, request: GenerateRequest, plan: Plan, avoid: frozenset[WorkerId]) -> Pair:
         started = self._clock()
         workers = self._workers()
-        outlook = Outlook(await self._match(request, workers), self._sent.tokens, self._sent.requests)
+        matched = await self._match(request, workers) if plan.looks_at_cache(request.num_prompt_tokens) else {}
+        outlook = Outlook(matched, self._sent.tokens, self._sent.requests)
         pair = place(workers, self._demand(request, workers), outlook, avoid=avoid, random=self._random)
         self._metrics.observe_route(self._clock() - started)
         return pair
@@ -212,8 +221,8 @@ class Pipeline:
     async def _attempt(self, request: GenerateRequest, pair: Pair) -> AsyncGenerator[GenerateEvent, None]:
         """One try at one pair; what the client raises becomes a `Failed`."""
         request = replace(request, prefill_id=pair.prefill.worker_id, prefill_address=pair.prefill.address)
-        uncached = len(request.token_ids) - pair.num_cached_tokens
-        prefilling = self._sent.prefilling(pair.prefill.worker_id, uncached)
+        num_cached = pair.num_cached_tokens if uses_cache(request.pack, request.num_prompt_tokens) else 0
+        prefilling = self._sent.prefilling(pair.prefill.worker_id, len(request.token_ids) - num_cached)
         with prefilling as prefilled, self._sent.decoding(pair.decode.worker_id):
             try:
                 async with aclosing(self._clients.get(pair.decode).generate(request)) as events:

@@ -168,6 +168,7 @@ class ChatBody(Body):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: TemplateOptions = TemplateOptions()
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
 
     @model_validator(mode="after")
     def _wants_logprobs(self) -> Self:

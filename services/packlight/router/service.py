@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from packlight.core.types import GenerateEvent, GenerateRequest, ModelSpec
+from packlight.compress.policy import Decision, Plan
+from packlight.core.types import GenerateEvent, GenerateRequest, ModelSpec, RequestId
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +22,23 @@ class Readiness:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """The request has a place, so it is settled how its prompt's KV is packed: in this attempt and all later ones."""
+
+    request_id: RequestId
+    decision: Decision
+
+
+BackendEvent = Decided | GenerateEvent
+
+
 class Backend(Protocol):
     """What stands behind the HTTP API. One method makes answers, one says whether it can."""
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
-        """The events of one answer: `Tokens` and `Progress` ..., then exactly one of `Finished` | `Failed`.
+    def generate(self, request: GenerateRequest, plan: Plan | None = None) -> AsyncGenerator[BackendEvent, None]:
+        """The events of one answer: `Decided` at most once, `Tokens` and `Progress` ..., then exactly one of `Finished`
+        | `Failed`. The prompt is packed by `plan`, or as `request.pack` says where there is none.
 
         Closing the generator (`aclose`, or cancelling the task that awaits it) cancels everything behind it. Raises
         PacklightError before the first event when the request cannot be started (queue full, no worker, ...)."""

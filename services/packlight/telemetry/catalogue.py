@@ -49,9 +49,11 @@ PHASE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 WHOLE_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 TOKENS = tuple(float(2**power) for power in range(4, 19))
+GROWN = (0.0, *TOKENS)
 BATCH = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)
 RATIO = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 128.0)
 SHARE = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
+NATS = (1e-5, 1e-4, 1e-3, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 SHIPMENT = (
     _histogram("kept_tokens", TOKENS, "Prompt tokens kept per KV head, mean over layers and heads.", "recipe"),
@@ -86,6 +88,8 @@ ROUTER = (
     _counter("prompt_tokens", "Prompt tokens, once per prompt."),
     _counter("cached_prompt_tokens", "Prompt tokens found in a prefix cache."),
     _counter("generated_tokens", "Tokens generated, also those of answers that failed or were abandoned."),
+    _counter("auto_recipes", "Choices whose recipe the policy chose, by recipe.", "recipe"),
+    _histogram("grown_tokens", GROWN, "Tokens kept per KV head beyond the budget, to hold the mass floor.", "recipe"),
     _counter("ignored_parameters", "Unknown request parameters that were ignored."),
     _gauge("workers", "Live workers.", "role"),
     _gauge("index_available", "1 when the prefix index answers, 0 when requests are placed without it."),
@@ -96,6 +100,8 @@ PREFILL = (
     _counter("cached_prompt_tokens", "Prompt tokens found in this worker's prefix cache."),
     _histogram("prefill_seconds", PHASE_S, "Time from admission to the end of the last chunk."),
     _histogram("select_seconds", PHASE_S, "Time spent on scoring, selecting and packing one prompt."),
+    _histogram("shadow_kl_nats", NATS, "Divergence of the next token's distribution, exact from packed KV.", "recipe"),
+    _counter("shadow_tokens", "Sampled requests, by whether packed KV has the same likeliest token.", "recipe", "same"),
     _histogram("step_tokens", TOKENS, "Tokens prefilled in one step."),
     _histogram("step_prompts", BATCH, "Prompts in one step."),
 )

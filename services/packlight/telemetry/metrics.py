@@ -75,6 +75,8 @@ class RouterMetrics:
         self._prompt = made.counter("prompt_tokens")
         self._cached = made.counter("cached_prompt_tokens")
         self._generated = made.counter("generated_tokens")
+        self._auto = made.counter("auto_recipes")
+        self._grown = made.histogram("grown_tokens")
         self._ignored = made.counter("ignored_parameters")
         self._workers = made.gauge("workers")
         self._index = made.gauge("index_available")
@@ -127,7 +129,11 @@ class RouterMetrics:
         for part in ("decode_queue", "prefill_queue", "prefill", "select", "transfer", "first_step"):
             self._part_s.labels(part).observe(getattr(timings, f"{part}_s"))
 
+    def count_auto(self, recipe: str) -> None:
+        self._auto.labels(recipe).inc()
+
     def observe_kv(self, kv: KVUsage) -> None:
+        self._grown.labels(kv.recipe).observe(kv.num_grown_tokens)
         self._shipments.observe(kv.recipe, kv.num_kept_tokens, kv.shipped_bytes, kv.exact_bytes, kv.retained_mass)
 
     def set_workers(self, role: str, num: int) -> None:
@@ -189,6 +195,8 @@ class PrefillMetrics(_WorkerMetrics):
         self._select_s = made.histogram("select_seconds")
         self._step_tokens = made.histogram("step_tokens")
         self._step_prompts = made.histogram("step_prompts")
+        self._shadow_kl = made.histogram("shadow_kl_nats")
+        self._shadow_tokens = made.counter("shadow_tokens")
 
     def observe_prefill(
         self, num_prompt_tokens: int, num_cached_tokens: int, prefill_s: float, select_s: float
@@ -198,6 +206,11 @@ class PrefillMetrics(_WorkerMetrics):
         self._cached.inc(num_cached_tokens)
         self._prefill_s.observe(prefill_s)
         self._select_s.observe(select_s)
+
+    def observe_shadow(self, recipe: str, kl_nats: float, is_same_token: bool) -> None:
+        """How far the next token's distribution under packed KV is from the exact one."""
+        self._shadow_kl.labels(recipe).observe(kl_nats)
+        self._shadow_tokens.labels(recipe, "yes" if is_same_token else "no").inc()
 
     def observe_step(self, num_prompts: int, num_tokens: int, seconds: float) -> None:
         self._step_prompts.observe(num_prompts)

@@ -71,6 +71,7 @@ def _shipped_to_proto(event: Shipped) -> prefill_pb2.Shipped:
         queue_s=event.queue_s,
         prefill_s=event.prefill_s,
         select_s=event.select_s,
+        num_grown_tokens=event.num_grown_tokens,
     )
 
 
@@ -84,6 +85,7 @@ def _shipped_from_proto(message: prefill_pb2.Shipped) -> Shipped:
         queue_s=message.queue_s,
         prefill_s=message.prefill_s,
         select_s=message.select_s,
+        num_grown_tokens=message.num_grown_tokens,
     )
 
 
@@ -142,6 +144,9 @@ def usage_to_proto(usage: Usage) -> decode_pb2.Usage:
             shipped_bytes=kv.shipped_bytes,
             exact_bytes=kv.exact_bytes,
             retained_mass=kv.retained_mass,
+            codec=kv.codec,
+            num_grown_tokens=kv.num_grown_tokens,
+            num_read_tokens=kv.num_read_tokens,
         ),
         timings=decode_pb2.Timings(
             decode_queue_s=timings.decode_queue_s,
@@ -166,6 +171,9 @@ def usage_from_proto(message: decode_pb2.Usage) -> Usage:
             shipped_bytes=kv.shipped_bytes,
             exact_bytes=kv.exact_bytes,
             retained_mass=kv.retained_mass if has(kv, "retained_mass") else None,
+            codec=kv.codec,
+            num_grown_tokens=kv.num_grown_tokens,
+            num_read_tokens=kv.num_read_tokens,
         ),
         timings=Timings(
             decode_queue_s=timings.decode_queue_s,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from packlight.core.types import GenerateRequest, PackSpec, PrefillRequest, SamplingParams, StopRules
+from packlight.core.errors import InvalidRequest
+from packlight.core.types import GenerateRequest, PackSpec, Pooling, PrefillRequest, SamplingParams, StopRules
 from packlight.wire.presence import has
 from packlight.wire.v1 import common_pb2, decode_pb2, prefill_pb2
 
@@ -79,6 +80,10 @@ def pack_to_proto(pack: PackSpec) -> common_pb2.PackSpec:
         window=pack.window,
         sinks=pack.sinks,
         kernel=pack.kernel,
+        pooling=pack.pooling,
+        codec=pack.codec,
+        params=dict(pack.params),
+        mass_floor=pack.mass_floor,
     )
 
 
@@ -90,7 +95,19 @@ def pack_from_proto(message: common_pb2.PackSpec) -> PackSpec:
         window=message.window,
         sinks=message.sinks,
         kernel=message.kernel if has(message, "kernel") else None,
+        pooling=_pooling(message.pooling),
+        codec=message.codec if has(message, "codec") else None,
+        params=tuple(sorted(message.params.items())),
+        mass_floor=message.mass_floor,
     )
+
+
+def _pooling(name: str) -> Pooling:
+    """Raises InvalidRequest for a pooling that a newer release may have."""
+    try:
+        return Pooling(name or Pooling.MAX)
+    except ValueError:
+        raise InvalidRequest(f"unknown pooling {name!r}; choose one of {', '.join(Pooling)}") from None
 
 
 def generate_to_proto(request: GenerateRequest) -> decode_pb2.GenerateRequest:

@@ -1,7 +1,15 @@
 import pytest
 
 from packlight.compress import budget as budgets
-from packlight.compress.budget import Site, base_budget, keeps_all, max_kept, max_pages
+from packlight.compress.budget import (
+    Site,
+    base_budget,
+    keeps_all,
+    max_kept,
+    max_pages,
+    max_pages_by_layer,
+    read_budget,
+)
 from packlight.compress.layout import pages_of, total_pages
 from packlight.core.types import ModelSpec, PackSpec
 
@@ -71,8 +79,45 @@ class CompetingBudget:
 
 
 def test_a_budget_whose_heads_compete_reserves_by_the_layer(monkeypatch):
-    monkeypatch.setattr(budgets, "_budget", lambda spec: CompetingBudget())
+    monkeypatch.setattr(budgets, "load_budget", lambda spec: CompetingBudget())
     # (120 + 3 * 15) // 16 = 10 pages always suffice; 3 heads of 90 tokens would reserve 18.
     assert max_pages(PackSpec("snapkv", 40), model(), 100, 16) == 2 * 10
     worst = max(total_pages([a, b, 120 - a - b], 16) for a in range(31) for b in range(91 - a) if 120 - a - b <= 90)
     assert worst == 10
+
+
+def test_layers_that_compete_reserve_together():
+    spec = PackSpec("cake", 40, window=8)
+    assert max_pages_by_layer(spec, model(), 1000, 16) == [3 * 5, 3 * 5]  # one layer: 13 + 2 * 27 = 67 tokens at most
+    assert max_pages(spec, model(), 1000, 16) == (2 * 3 * 40 + 6 * 15) // 16
+    assert max_pages(spec, model(), 1000, 16, num_new_tokens=20) == (2 * 3 * 60 + 6 * 15) // 16
+    assert max_pages(spec, model((None, 20)), 1000, 16) == (3 * 40 + 3 * 15) // 16 + 3 * 2
+    assert max_pages(spec, model((30, 20)), 1000, 16) == 3 * 2 + 3 * 2
+    assert max_pages(spec, model(), 40, 16) == 2 * 3 * 3
+
+
+def test_a_recipe_that_finds_its_length_is_no_identity_unless_asked_to_keep_all():
+    assert not keeps_all(PackSpec("mass"), 1000)
+    assert base_budget(PackSpec("mass"), 1000) == 1000
+    assert keeps_all(PackSpec("mass"), 37)
+    assert keeps_all(PackSpec("mass", 1000), 1000)
+    assert keeps_all(PackSpec("mass", ratio=1.0), 1000)
+    assert keeps_all(PackSpec("snapkv"), 1000)
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_read"),
+    [
+        (PackSpec("none"), 1000),
+        (PackSpec("snapkv", 100), 1000),
+        (PackSpec("quest", 100), 100),
+        (PackSpec("quest", 5000), 1000),
+        (PackSpec("freekv", ratio=0.125), 125),
+        (PackSpec("rocketkv", 100), 50),
+        (PackSpec("rocketkv", ratio=0.25), 125),
+        (PackSpec("rocketkv", ratio=0.001), 18),  # half of 4 sinks + 32 window + 1
+        (PackSpec("rocketkv", 1000), 1000),
+    ],
+)
+def test_read_budget(spec, num_read):
+    assert read_budget(spec, 1000) == num_read

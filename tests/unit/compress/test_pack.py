@@ -12,7 +12,7 @@ def test_ragged_heads_have_pages_of_their_own():
     assert packed.k_pages.shape == packed.v_pages.shape == (2 + 1 + 3, 2, 2)
     zero = torch.zeros(1, 2)
     expected = torch.cat([k_KSD[0, indices[0]], k_KSD[1, indices[1]], zero, k_KSD[2, indices[2]], zero])
-    assert torch.equal(packed.k_pages.view(-1, 2), expected)
+    assert torch.equal(packed.k_pages.reshape(-1, 2), expected)
     assert torch.equal(packed.v_pages, -packed.k_pages)
 
 

@@ -1,14 +1,17 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from packlight.compress import select as selecting
+from packlight.compress import window
 from packlight.compress.base import LayerView
-from packlight.compress.scorers.window import pooling_kernel
-from packlight.compress.select import select
-from packlight.core.errors import InternalError
+from packlight.compress.select import Selector, select
+from packlight.compress.window import window_lse
 from packlight.core.types import PackSpec
-from tests.support.packing import make_view, naive_mass
+from tests.support.packing import make_layers, make_view, naive_mass, select_all
 
 
 def slow_snapkv(view: LayerView, spec: PackSpec, kernel: int) -> tuple[list[list[float]], list[list[int]]]:
@@ -76,14 +79,6 @@ def test_only_a_wide_kernel_keeps_the_rest_of_an_answer(kernel):
     assert ({*range(200, 208)} <= set(index)) == (kernel == 63)
 
 
-def test_default_kernel_narrows_with_the_budget():
-    assert pooling_kernel(PackSpec("snapkv", 132), 1000) == 63
-    assert pooling_kernel(PackSpec("snapkv", 131), 1000) == 31
-    assert pooling_kernel(PackSpec("snapkv", ratio=0.1), 10_000) == 63
-    assert pooling_kernel(PackSpec("snapkv", ratio=0.1), 1000) == 31
-    assert pooling_kernel(PackSpec("snapkv", 64, kernel=7), 1000) == 7
-
-
 def test_streaming_llm_keeps_sinks_and_the_most_recent():
     selection = select(make_view(100, 8), PackSpec("streaming_llm", 30, window=8), num_tokens=102)
     expected = [*range(4), *range(74, 102)]
@@ -95,13 +90,6 @@ def test_none_does_not_look_at_queries_or_keys():
     selection = select(view, PackSpec("none"), num_tokens=22)
     assert selection.lengths() == [22, 22]
     assert selection.retained_mass == 1.0
-
-
-@pytest.mark.parametrize("recipe", ["snapkv", "streaming_llm"])
-@pytest.mark.parametrize("num_tokens", [1, 3, 31, 32, 36, 37])
-def test_prompts_shorter_than_window_and_sinks_are_kept_whole(recipe, num_tokens):
-    view = make_view(num_tokens, 32)
-    assert select(view, PackSpec(recipe, 37), num_tokens=num_tokens).lengths() == [num_tokens] * 2
 
 
 def test_one_token_above_the_budget():
@@ -122,12 +110,48 @@ def test_retained_mass_is_the_kept_share_of_the_attention():
     assert recent.retained_mass < selection.retained_mass
 
 
-@pytest.mark.parametrize("recipe", ["snapkv", "streaming_llm"])
-def test_broken_attention_is_an_error_and_not_a_selection(recipe):
-    view = make_view(100, 8)
-    view.k_KSD[1, 50] = torch.nan
-    with pytest.raises(InternalError, match="attention of layer 1 is not finite"):
-        select(view, PackSpec(recipe, 40, window=8), num_tokens=100)
+def test_a_scorer_is_given_the_log_sum_exp(monkeypatch):
+    """It is computed once per layer, however many passes follow."""
+    calls = []
+    monkeypatch.setattr(selecting, "window_lse", lambda *args: calls.append(1) or window_lse(*args))
+    monkeypatch.setattr(window, "window_lse", lambda *args, **kwargs: pytest.fail("computed again"))
+    select(make_view(100, 8), PackSpec("cake", 40, window=8), num_tokens=100)
+    assert calls == [1]
+
+
+def test_layers_wait_only_where_they_compete():
+    views = make_layers(100, 8, 4)
+    for name, expected in (("snapkv", [[0], [1], [2], [3]]), ("cake", [[], [], [], [0, 1, 2, 3]])):
+        selector = Selector(PackSpec(name, 40, window=8), num_prompt_tokens=100, num_tokens=100)
+        assert [[layer for layer, _ in selector.add(view)] for view in views] == expected
+
+
+def test_layers_come_out_in_order_though_some_know_their_length_at_once():
+    selector = Selector(PackSpec("cake", 40, window=8), num_prompt_tokens=100, num_tokens=100)
+    windows = (20, None, 20, None, 20)
+    ready = [selector.add(view, window) for view, window in zip(make_layers(100, 8, 5), windows, strict=True)]
+    assert [[layer for layer, _ in step] for step in ready] == [[0], [], [], [], [1, 2, 3, 4]]
+    lengths = [selection.lengths() for step in ready for _, selection in step]
+    assert lengths[0] == lengths[2] == lengths[4] == [20, 20]
+    assert sum(lengths[1]) + sum(lengths[3]) == 2 * 2 * 40
+
+
+def test_layers_that_compete_share_one_total():
+    lengths = [selection.lengths() for selection in select_all(make_layers(200, 8, 6), PackSpec("cake", 40, window=8))]
+    assert sum(map(sum, lengths)) == 6 * 2 * 40
+    assert len({heads[0] for heads in lengths}) > 1
+
+
+def test_a_floor_grows_only_what_falls_short():
+    view, spec = make_view(200, 8), PackSpec("snapkv", 20, window=8, kernel=1)
+    plain = select(view, spec, num_tokens=200)
+    mass_KS = naive_mass(view)
+    grown = select(view, replace(spec, mass_floor=0.9), num_tokens=200)
+    shares = [(mass_S[index].sum() / mass_S.sum()).item() for mass_S, index in zip(mass_KS, grown.indices, strict=True)]
+    assert plain.retained_mass < 0.9 <= min(shares)
+    assert grown.num_grown == sum(grown.lengths()) - 40 > 0
+    unmoved = select(view, replace(spec, mass_floor=plain.retained_mass), num_tokens=200)
+    assert unmoved.lengths() == plain.lengths()
 
 
 def test_log_sum_exp_of_the_backend_gives_the_same_selection():

@@ -189,16 +189,16 @@ async def test_a_worker_s_cache_and_the_index_agree_under_eviction():
     index = MemoryPrefixIndex(1000)
     fingerprint = fake_spec().fingerprint
     async with fake_pair(prefill=PrefillConfig(), prefill_blocks=12) as pair:
-        publisher = Publisher(index, fingerprint, ME, pair.prefill.cache.prefixes)
-        pair.prefill.inventory = publisher
+        publisher = Publisher(index, fingerprint, ME, pair.prefill.blocks.cache.prefixes)
+        pair.prefill.blocks.inventory = publisher
         async with running(publisher.run()):
             await publisher.beat()
             for number in range(6):
                 await answer(pair.decode, make_request([number % 3 + 1] * 32, 2, request_id=str(number)))
                 await told(index, publisher)
-                for hashes in pair.prefill.cache.prefixes():
+                for hashes in pair.prefill.blocks.cache.prefixes():
                     assert (await index.match(fingerprint, hashes)) == {ME.worker_id: len(hashes)}
-        listed = sum(len(hashes) for hashes in pair.prefill.cache.prefixes())
+        listed = sum(len(hashes) for hashes in pair.prefill.blocks.cache.prefixes())
         assert 0 < listed <= 12
 
 

@@ -22,7 +22,7 @@ ENCODE = tiny_tokenizer().encode
 async def test_a_chat_completion_has_every_field_of_openais_schema() -> None:
     ids = ENCODE("Hello world")
     harness = Harness(one_by_one([*ids, EOS_ID]))
-    response = await harness.chat("two words")
+    response = await harness.chat("two words", kv={"recipe": "snapkv", "codec": "int8", "floor": 0.5})
     body = response.json()
     num_prompt = len(harness.backend.requests[0].token_ids)
     assert response.status_code == 200
@@ -55,8 +55,14 @@ async def test_a_chat_completion_has_every_field_of_openais_schema() -> None:
         "prompt_tokens_details": {"cached_tokens": NUM_CACHED},
         "kv": {
             "recipe": "snapkv",
-            "kept_tokens": 12.5,
+            "codec": "int8",
+            "budget": None,
+            "ratio": 0.25,
+            "floor": 0.5,
             "prompt_tokens": num_prompt,
+            "kept_tokens": 12.5,
+            "grown_tokens": 2.5,
+            "read_tokens": 6.25,
             "shipped_bytes": 1000,
             "exact_bytes": 8000,
             "attention_mass_retained": 0.97,
@@ -102,19 +108,19 @@ async def test_the_backend_gets_the_whole_request() -> None:
     assert request.num_prompt_tokens == len(prompt)
     assert request.sampling == SamplingParams(0.5, 0.9, 40, 0.05, 1.1, -1.0, 1.5, ((5, 2.5), (7, -100.0)), -5, 4)
     assert request.stop == StopRules(7, (EOS_ID,), (70, 71), ignore_eos=True, min_tokens=2)
-    assert request.pack == PackSpec("snapkv", 64, None, 8, 2, 15)
+    assert request.pack == PackSpec("snapkv", 64, None, 8, 2, 15, codec="native")
     assert request.cache_salt == "tenant-1"
     assert request.request_id.endswith("-0")
     assert 590 < request.deadline_s <= 600
 
 
 async def test_without_limits_the_answer_may_fill_the_context() -> None:
-    harness = Harness(one_by_one([80]), max_context=200)
+    harness = Harness(one_by_one([80]), max_context=200, kv={"recipe": "none"})
     await harness.chat(top_k=-1)
     (request,) = harness.backend.requests
     assert request.stop.max_tokens == 200 - request.num_prompt_tokens
     assert request.sampling == SamplingParams(seed=request.sampling.seed)
-    assert request.pack == PackSpec()
+    assert request.pack == PackSpec(codec="native")
 
 
 async def test_choices_have_their_own_seeds_and_ids() -> None:

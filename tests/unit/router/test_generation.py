@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import pytest
 
+from packlight.compress.policy import Plan
 from packlight.core.errors import InternalError, WorkerLost
 from packlight.core.types import GenerateEvent, GenerateRequest, SamplingParams, StopRules
 from packlight.router.choice import Choice
@@ -92,7 +93,9 @@ async def test_a_reader_that_stops_stops_the_backend() -> None:
 
 async def test_leaving_is_not_held_up_by_a_backend_that_fails_to_close_with_a_full_queue() -> None:
     class Stubborn(ScriptedBackend):
-        async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
+        async def generate(
+            self, request: GenerateRequest, plan: Plan | None = None
+        ) -> AsyncGenerator[GenerateEvent, None]:
             try:
                 async for event in super().generate(request):
                     yield event

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
+from packlight.compress.policy import Decision, Plan
 from packlight.core.config import DecodeConfig, PrefillConfig, RouterConfig
 from packlight.core.errors import (
     DeadlineExceeded,
@@ -19,9 +21,10 @@ from packlight.core.errors import (
     WorkerLost,
 )
 from packlight.core.shipping import Chunk, FirstToken, LayerHeader
-from packlight.core.types import Failed, Finished, Progress, Role, Tokens
+from packlight.core.types import Failed, Finished, PackSpec, Progress, Role, Tokens
 from packlight.models.fake import PREFILL_BIAS, fake_answer
 from packlight.prefix.memory import MemoryPrefixIndex
+from packlight.router.service import Decided
 from tests.support.fake_pair import make_request, until
 from tests.support.fleet_of_fakes import FleetOfFakes, broken_answer, events_of, fleet_of_fakes
 
@@ -409,10 +412,100 @@ async def test_the_prefill_worker_is_blamed_when_decode_says_so():
         assert suspects == ["prefill-0"]
 
 
+# ── how the prompt is packed: settled by the first place, and kept ────────────────────────────────────────────────────
+
+# Budgets that cover every prompt here, so that the arithmetic stays that of exact KV.
+USUAL = PackSpec("h2o", budget_tokens=4000)
+ON_HIT = PackSpec("snapkv", budget_tokens=4000)
+PLAN = Plan(Decision(USUAL, "long"), Decision(ON_HIT, "long, and cached"), hit_tokens=16)
+
+
+async def planned(fleet: FleetOfFakes, prompt: list[int], plan: Plan = PLAN, num_tokens: int = 8):
+    """(decisions, tokens, terminal event)"""
+    decisions, events = [], []
+
+    async def without_decisions():
+        async with aclosing(fleet.pipeline.generate(make_request(prompt, num_tokens, pack=USUAL), plan)) as source:
+            async for event in source:
+                if isinstance(event, Decided):
+                    decisions.append((event.request_id, event.decision, len(events)))
+                    continue
+                events.append(event)
+                yield event
+
+    return decisions, *await events_of(without_decisions())
+
+
+def packs_seen(fleet: FleetOfFakes) -> list[PackSpec]:
+    return [request.pack for name in DECODES for request in fleet[name].link.seen]
+
+
+async def test_a_prompt_that_is_cached_where_it_goes_is_packed_as_for_a_hit():
+    async with fleet_of_fakes() as fleet:
+        decisions, tokens, _ = await planned(fleet, [*SHARED, 7])
+        assert decisions == [("r", PLAN.usual, 0)]
+        assert tokens == fake_answer([*SHARED, 7], 8)
+        (home,) = chosen(fleet, Role.PREFILL)
+        await fleet.until_indexed(SHARED, home)
+        decisions, tokens, _ = await planned(fleet, [*SHARED, 8])
+        assert decisions == [("r", PLAN.on_hit, 0)]
+        assert tokens == fake_answer([*SHARED, 8], 8)
+        assert sorted(pack.recipe for pack in packs_seen(fleet)) == ["h2o", "snapkv"]
+        assert chosen(fleet, Role.PREFILL) == [home], "the hit draws the request, though it would usually not be used"
+
+
+async def test_too_small_a_hit_changes_nothing():
+    async with fleet_of_fakes() as fleet:
+        await answer(fleet, SHARED)
+        (home,) = chosen(fleet, Role.PREFILL)
+        await fleet.until_indexed(SHARED, home)
+        decisions, _, _ = await planned(fleet, [*SHARED, 8], replace(PLAN, hit_tokens=33))
+        assert [decision for _, decision, _ in decisions] == [PLAN.usual]
+
+
+async def test_without_a_plan_the_request_decides():
+    async with fleet_of_fakes() as fleet:
+        source = fleet.pipeline.generate(make_request(PROMPT, pack=ON_HIT))
+        async with aclosing(source) as events:
+            assert await anext(events) == Decided("r", Decision(ON_HIT))
+
+
+@pytest.mark.parametrize("num_before", [0, 4])
+async def test_whoever_takes_over_packs_as_the_first_one_did(num_before):
+    """Even though by then the prompt is cached, and a new request would be packed otherwise."""
+    async with fleet_of_fakes(num_prefill=1) as fleet:
+        for name in DECODES:
+            fleet[name].link.num_tokens_until_cut = num_before or None
+        if not num_before:
+            refuse(fleet["decode-0"].link)
+            refuse(fleet["decode-1"].link)
+        decisions, _, _ = await planned(fleet, SHARED, num_tokens=7)
+        assert [decision for _, decision, _ in decisions] == [PLAN.usual]
+        assert packs_seen(fleet) == [USUAL, USUAL]
+        await fleet.until_indexed(SHARED, "prefill-0")
+
+
+async def test_a_prompt_whose_cache_is_no_use_is_not_looked_up():
+    class Counting(MemoryPrefixIndex):
+        num_matches = 0
+
+        async def match(self, fingerprint, hashes):
+            self.num_matches += 1
+            return await super().match(fingerprint, hashes)
+
+    index = Counting(1000)
+    async with fleet_of_fakes(index=index) as fleet:
+        await answer(fleet, [*SHARED, *SHARED], pack=PackSpec("h2o", ratio=0.75))
+        assert index.num_matches == 0
+        await answer(fleet, SHARED, pack=ON_HIT)
+        await planned(fleet, SHARED)
+        assert index.num_matches == 2
+
+
 # ── ends ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("num_read", [0, 1, 4])
+@pytest.mark.parametrize("num_read", [0, 1, 2, 5])
 async def test_closing_the_generator_cancels_everything_behind_it(num_read):
     async with fleet_of_fakes() as fleet:
         async with aclosing(fleet.pipeline.generate(make_request(PROMPT, 200))) as events:

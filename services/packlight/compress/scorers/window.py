@@ -1,4 +1,4 @@
-"""SnapKV (arXiv 2404.14469) per KV head: the attention of the last queries, max-pooled over neighbouring tokens.
+"""SnapKV (arXiv 2404.14469) per KV head: the attention of the last queries, pooled over neighbouring tokens.
 
 Shapes: K KV heads, S keys, N prefix positions.
 
@@ -11,11 +11,11 @@ wastes less of a tiny budget. Group-sum, then pool: for max-pooling the order ma
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import max_pool1d
+from torch.nn.functional import avg_pool1d, max_pool1d
 
-from packlight.compress.base import LayerView
+from packlight.compress.base import LayerView, Scored
 from packlight.compress.budget import base_budget
-from packlight.core.types import PackSpec
+from packlight.core.types import PackSpec, Pooling
 
 KERNEL = 63
 TIGHT_KERNEL = 31
@@ -23,12 +23,17 @@ TIGHT_TOKENS = 100
 
 
 class WindowScorer:
-    """Max over the kernel's neighbourhood of the window's attention mass, within the prefix."""
+    """Max or mean over the kernel's neighbourhood of the window's attention mass, within the prefix."""
 
-    def score(self, view: LayerView, mass_KS: Tensor, spec: PackSpec) -> Tensor:
+    def score(self, view: LayerView, mass_KS: Tensor, spec: PackSpec) -> Scored:
         num_prefix = view.num_tokens - view.q_WHD.shape[0]
-        kernel = pooling_kernel(spec, view.num_tokens)
-        return max_pool1d(mass_KS[:, :num_prefix], kernel, stride=1, padding=kernel // 2)
+        return Scored(pooled(mass_KS[:, :num_prefix], pooling_kernel(spec, view.num_tokens), spec.pooling))
+
+
+def pooled(values_KN: Tensor, kernel: int, pooling: Pooling) -> Tensor:
+    """[K, N]: stride 1, centred. The mean counts what lies beyond the edges as zeros, as SnapKV's does."""
+    pool = max_pool1d if pooling is Pooling.MAX else avg_pool1d
+    return pool(values_KN, kernel, stride=1, padding=kernel // 2)
 
 
 def pooling_kernel(spec: PackSpec, num_tokens: int) -> int:

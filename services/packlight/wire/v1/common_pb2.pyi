@@ -51,20 +51,35 @@ class StopRules(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., min_tokens: _Optional[int] = ...) -> None: ...
 
 class PackSpec(_message.Message):
-    __slots__ = ("recipe", "budget_tokens", "ratio", "window", "sinks", "kernel")
+    __slots__ = ("recipe", "budget_tokens", "ratio", "window", "sinks", "kernel", "pooling", "codec", "params", "mass_floor")
+    class ParamsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     BUDGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RATIO_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     SINKS_FIELD_NUMBER: _ClassVar[int]
     KERNEL_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    PARAMS_FIELD_NUMBER: _ClassVar[int]
+    MASS_FLOOR_FIELD_NUMBER: _ClassVar[int]
     recipe: str
     budget_tokens: int
     ratio: float
     window: int
     sinks: int
     kernel: int
-    def __init__(self, recipe: _Optional[str] = ..., budget_tokens: _Optional[int] = ..., ratio: _Optional[float] = ..., window: _Optional[int] = ..., sinks: _Optional[int] = ..., kernel: _Optional[int] = ...) -> None: ...
+    pooling: str
+    codec: str
+    params: _containers.ScalarMap[str, float]
+    mass_floor: float
+    def __init__(self, recipe: _Optional[str] = ..., budget_tokens: _Optional[int] = ..., ratio: _Optional[float] = ..., window: _Optional[int] = ..., sinks: _Optional[int] = ..., kernel: _Optional[int] = ..., pooling: _Optional[str] = ..., codec: _Optional[str] = ..., params: _Optional[_Mapping[str, float]] = ..., mass_floor: _Optional[float] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("token_id", "logprob", "top_logprobs")

@@ -93,18 +93,24 @@ class Usage(_message.Message):
     def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., kv: _Optional[_Union[KVUsage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class KVUsage(_message.Message):
-    __slots__ = ("recipe", "num_kept_tokens", "shipped_bytes", "exact_bytes", "retained_mass")
+    __slots__ = ("recipe", "num_kept_tokens", "shipped_bytes", "exact_bytes", "retained_mass", "codec", "num_grown_tokens", "num_read_tokens")
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     NUM_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SHIPPED_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXACT_BYTES_FIELD_NUMBER: _ClassVar[int]
     RETAINED_MASS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    NUM_GROWN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_READ_TOKENS_FIELD_NUMBER: _ClassVar[int]
     recipe: str
     num_kept_tokens: float
     shipped_bytes: int
     exact_bytes: int
     retained_mass: float
-    def __init__(self, recipe: _Optional[str] = ..., num_kept_tokens: _Optional[float] = ..., shipped_bytes: _Optional[int] = ..., exact_bytes: _Optional[int] = ..., retained_mass: _Optional[float] = ...) -> None: ...
+    codec: str
+    num_grown_tokens: float
+    num_read_tokens: float
+    def __init__(self, recipe: _Optional[str] = ..., num_kept_tokens: _Optional[float] = ..., shipped_bytes: _Optional[int] = ..., exact_bytes: _Optional[int] = ..., retained_mass: _Optional[float] = ..., codec: _Optional[str] = ..., num_grown_tokens: _Optional[float] = ..., num_read_tokens: _Optional[float] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("decode_queue_s", "prefill_queue_s", "prefill_s", "select_s", "transfer_s", "first_step_s")

@@ -71,7 +71,7 @@ class FirstToken(_message.Message):
     def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., num_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Shipped(_message.Message):
-    __slots__ = ("num_layers", "shipped_bytes", "exact_bytes", "num_kept_tokens", "retained_mass", "queue_s", "prefill_s", "select_s")
+    __slots__ = ("num_layers", "shipped_bytes", "exact_bytes", "num_kept_tokens", "retained_mass", "queue_s", "prefill_s", "select_s", "num_grown_tokens")
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     SHIPPED_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXACT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class Shipped(_message.Message):
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     SELECT_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_GROWN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_layers: int
     shipped_bytes: int
     exact_bytes: int
@@ -88,4 +89,5 @@ class Shipped(_message.Message):
     queue_s: float
     prefill_s: float
     select_s: float
-    def __init__(self, num_layers: _Optional[int] = ..., shipped_bytes: _Optional[int] = ..., exact_bytes: _Optional[int] = ..., num_kept_tokens: _Optional[float] = ..., retained_mass: _Optional[float] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., select_s: _Optional[float] = ...) -> None: ...
+    num_grown_tokens: float
+    def __init__(self, num_layers: _Optional[int] = ..., shipped_bytes: _Optional[int] = ..., exact_bytes: _Optional[int] = ..., num_kept_tokens: _Optional[float] = ..., retained_mass: _Optional[float] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., select_s: _Optional[float] = ..., num_grown_tokens: _Optional[float] = ...) -> None: ...

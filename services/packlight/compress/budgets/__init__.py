@@ -1,0 +1,1 @@
+"""Budgets: one rule of dividing tokens among layers and heads per file."""

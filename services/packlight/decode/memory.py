@@ -1,0 +1,135 @@
+"""The packed KV of a decode worker: what each admitted request holds, with one way in and one way out.
+
+Knows pages, rows and reservations, and what belongs to pages: summaries for rows that are read sparsely, attention mass
+for rows that evict. Does not know queues, events, shipments or the network.
+
+A `Holding` is planned when the request comes, opened when it is admitted, filled layer by layer, settled when its last
+layer is there, grown by every step, and closed at its end, wherever it is by then.
+
+Legend: X head pages of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from packlight.compress.evict import Arrived, HeavyHitters
+from packlight.compress.readers.shared import Readers
+from packlight.core.errors import InternalError
+from packlight.core.types import GenerateRequest, ModelSpec, PackSpec
+from packlight.decode.admission import Needs, Reservation, Reservations
+from packlight.kv.pages import PageBook
+from packlight.kv.pool import PackedPool
+from packlight.kv.reading import Reading
+from packlight.kv.summaries import PageSummaries
+from packlight.kv.table import HeadPageTable
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """One request's share. `row` of the table is its own from `open` to `close`; `reading` None is dense; `hitters`
+    are there once all layers are, if the request evicts."""
+
+    pack: PackSpec
+    needs: Needs
+    reservation: Reservation
+    reading: Reading | None
+    row: int = -1
+    arrived: list[Arrived] = field(default_factory=list)
+    hitters: HeavyHitters | None = None
+
+
+class DecodeMemory:
+    """The holdings of one worker, in the pages of `pool`. Not thread-safe: one owner calls it, between steps or, for
+    holdings that are in no step, during one."""
+
+    def __init__(self, spec: ModelSpec, pool: PackedPool, *, num_rows: int) -> None:
+        self._spec, self.pool = spec, pool
+        self.book = PageBook(pool.num_head_pages)
+        self.reservations = Reservations(pool.num_head_pages)
+        self.table = HeadPageTable(
+            self.book,
+            num_rows=num_rows,
+            num_layers=pool.num_layers,
+            num_kv_heads=pool.num_kv_heads,
+            page_size=pool.page_size,
+        )
+        self.summaries = PageSummaries(pool.num_head_pages, pool.head_dim, pool.dtype, str(pool.device))
+        self._readers = Readers(page_size=pool.page_size, head_dim=pool.head_dim, num_rows=num_rows)
+
+    def plan(self, request: GenerateRequest) -> Holding:
+        """Holds nothing yet. Raises RequestNeverFits."""
+        needs = Needs(request, self._spec, self.pool.page_size)
+        reservation = Reservation(self.reservations, needs.bound())
+        reading = self._readers.reading_of(request.pack, request.num_prompt_tokens)
+        return Holding(request.pack, needs, reservation, reading)
+
+    def open(self, holding: Holding) -> bool:
+        """Take a row and the reservation, if both are free."""
+        if not self.table.num_free_rows or not holding.reservation.open():
+            return False
+        holding.row = self.table.open()
+        return True
+
+    def claim(self, holding: Holding, layer: int, lengths: Sequence[int]) -> Tensor:
+        """Pages for a layer whose heads hold `lengths` tokens, head by head, to be filled: int64 [X]. Raises QueueFull
+        or RequestNeverFits when that is more than was reserved, and more than is free."""
+        holding.reservation.arrive(holding.needs.layer(layer, lengths))
+        return torch.from_numpy(self.table.fill_layer(holding.row, layer, list(lengths))).long().to(self.pool.device)
+
+    def summaries_for(self, holding: Holding) -> PageSummaries | None:
+        """Where the pages of the holding are to be summarised; None if nobody will ask."""
+        return self.summaries if holding.reading is not None else None
+
+    def remember(self, holding: Holding, layer: int, lengths: Sequence[int], mass: Tensor) -> None:
+        """The attention mass that the prompt gave to the layer's tokens, fp32, head by head."""
+        if holding.needs.evicts(layer):
+            holding.arrived.append(Arrived(layer, lengths, mass.to(self.pool.device)))
+
+    def settle(self, holding: Holding) -> None:
+        """All layers have arrived."""
+        holding.reservation.settle()
+        if holding.arrived:
+            cap = holding.needs.capacity
+            assert cap is not None, "mass was remembered for a request that does not evict"
+            holding.hitters = HeavyHitters(
+                holding.pack, holding.arrived, capacity=cap, num_layers=self._spec.num_layers
+            )
+            holding.arrived = []
+
+    def grow(self, holdings: Iterable[Holding]) -> None:
+        """Make room for one more token of each: a slot of its own, or that of the token it evicts."""
+        rows = []
+        for holding in holdings:
+            rows.append(holding.row)
+            if holding.hitters is not None:
+                self.table.overwrite[holding.row] = holding.hitters.place_next().cpu().numpy()
+        self.table.grow(rows)
+
+    def advance(self, holdings: Iterable[Holding]) -> None:
+        """One token of each was stored."""
+        self.table.advance([holding.row for holding in holdings])
+
+    def close(self, holding: Holding) -> None:
+        """Release everything."""
+        self.pool.release(self.table.held(holding.row))
+        self.table.close(holding.row)
+        self._readers.forget(holding.row)
+        holding.reservation.close()
+        holding.reading = holding.hitters = None
+        holding.arrived = []
+
+    def check(self, holdings: Sequence[Holding]) -> None:
+        """Raise InternalError unless the books balance when `holdings` are all that are open."""
+        self.book.check([self.table.held(holding.row) for holding in holdings])
+        num_promised = sum(holding.reservation.num_pages for holding in holdings)
+        if self.reservations.num_reserved != num_promised:
+            raise InternalError(f"{self.reservations.num_reserved} pages are reserved, {num_promised} were promised")
+        for holding in holdings:
+            num_held, num_reserved = self.table.num_pages(holding.row), holding.reservation.num_pages
+            if num_held > num_reserved:
+                raise InternalError(f"row {holding.row} holds {num_held} pages, {num_reserved} are reserved for it")

@@ -1,0 +1,72 @@
+"""One arrived layer into head pages of a pool: decoded, or as the records it came in.
+
+Knows a codec and a pool. Does not know requests, nor where a payload came from.
+
+Legend: X head pages of the layer, head by head, P page size, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from packlight.compress.base import Codec
+from packlight.compress.codecs.native import NativeCodec
+from packlight.compress.payload import decode_layer, max_payload_bytes, payload_bytes, split_payload
+from packlight.compress.recipes import CODECS
+from packlight.kv.coded import CodedPool
+from packlight.kv.pool import PackedPool
+from packlight.kv.summaries import PageSummaries
+
+
+class Unpacker:
+    """Payloads of one codec into one pool. A pool that is coded by the same codec takes the records as they are: they
+    are not decoded, and what the codec lost it loses once."""
+
+    def __init__(self, pool: PackedPool, codec_name: str, *, pool_codec: str) -> None:
+        """`pool_codec` is the name of the pool's own."""
+        self._pool: PackedPool = pool
+        self._coded = pool if isinstance(pool, CodedPool) and codec_name == pool_codec else None
+        self._codec: Codec = CODECS.load(codec_name)()
+
+    def payload_bytes(self, lengths: Sequence[int]) -> int:
+        pool = self._pool
+        return payload_bytes(self._codec, lengths, pool.page_size, pool.head_dim, pool.dtype)
+
+    def max_payload_bytes(self, num_tokens_per_head: int) -> int:
+        pool = self._pool
+        num_heads = pool.num_kv_heads
+        return max_payload_bytes(self._codec, num_tokens_per_head, num_heads, pool.page_size, pool.head_dim, pool.dtype)
+
+    def store(self, pages_X: Tensor, lengths: Sequence[int], payload: Tensor, summaries: PageSummaries | None) -> None:
+        """Fill `pages_X`, `lengths[head]` tokens of each head, from `payload`, which is flat uint8 of `payload_bytes`.
+        `summaries` of the pages are made if they are given."""
+        pool, payload = self._pool, payload.to(self._pool.device)
+        num_tokens_X = tokens_by_page(lengths, pool.page_size).to(pool.device)
+        if self._coded is not None:
+            self._store_records(self._coded, pages_X, lengths, payload, num_tokens_X)
+            if summaries is None:
+                return
+        k_XPD, v_XPD = decode_layer(self._codec, payload, lengths, pool.page_size, pool.head_dim, pool.dtype)
+        if self._coded is None:
+            pool.write_pages(pages_X, k_XPD, v_XPD, num_tokens_X)
+        if summaries is not None:
+            summaries.build(pages_X, k_XPD, num_tokens_X)
+
+    def _store_records(
+        self, pool: CodedPool, pages_X: Tensor, lengths: Sequence[int], payload: Tensor, num_tokens_X: Tensor
+    ) -> None:
+        """Whole pages as they are; open ones exact, which is how they travel."""
+        dims = (pool.page_size, pool.head_dim, pool.dtype)
+        split = split_payload(self._codec, payload, lengths, *dims)
+        pool.write_records(pages_X[split.pages], split.records)
+        k_OPD, v_OPD = NativeCodec().decode(split.open_records, *dims)
+        pool.write_pages(pages_X[split.open_pages], k_OPD, v_OPD, num_tokens_X[split.open_pages])
+
+
+def tokens_by_page(lengths: Sequence[int], page_size: int) -> Tensor:
+    """Tokens in each page of a layer, int64 [X]."""
+    tokens = [min(page_size, length - start) for length in lengths for start in range(0, length, page_size)]
+    return torch.tensor(tokens, dtype=torch.int64)

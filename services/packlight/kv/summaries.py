@@ -1,0 +1,51 @@
+"""Page summaries: what can be known of a page's keys without reading them.
+
+Knows the element-wise smallest and largest key of each head page. Does not know which pages matter (`kv/reading.py`).
+
+Legend: N head pages of the pool, X some of them, P page size, D head dim, E = 2 * D.
+
+Together the two bound every product: q.k <= sum_j max(q_j * low_j, q_j * high_j) for each key k of the page (Quest,
+arXiv 2406.10774). They take 1/P of the pool's memory, and only where a row with a page-sparse reader is stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from packlight.kv.pool import zeros_on_first_touch
+
+
+class PageSummaries:
+    """Summaries by head page id, in the pool's dtype: minima and maxima of stored keys are stored exactly.
+
+    A page's summary means nothing until `build` or a first `add`. Overwriting a token only widens the bounds of its
+    page, which stay bounds."""
+
+    def __init__(self, num_head_pages: int, head_dim: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        # One row per page, low beside high: a page's summary is then one read, and its score one product.
+        self._bounds_NE = zeros_on_first_touch((num_head_pages, 2 * head_dim), dtype, device)
+        self._head_dim = head_dim
+
+    def build(self, pages_X: Tensor, k_XPD: Tensor, num_tokens_X: Tensor) -> None:
+        """Summarise whole pages whose first `num_tokens_X` >= 1 slots hold keys; what the rest holds does not matter.
+
+        `pages_X` are unique head page ids, int64."""
+        slot_P1 = torch.arange(k_XPD.shape[1], device=k_XPD.device)[:, None]
+        is_unused_XP1 = slot_P1 >= num_tokens_X[:, None, None]
+        low_XD = k_XPD.masked_fill(is_unused_XP1, torch.inf).amin(dim=1)
+        high_XD = k_XPD.masked_fill(is_unused_XP1, -torch.inf).amax(dim=1)
+        self._bounds_NE.index_copy_(0, pages_X, torch.cat([low_XD, high_XD], dim=1))
+
+    def add(self, pages_X: Tensor, k_XD: Tensor, is_first_X: Tensor) -> None:
+        """One more key in each of `pages_X` (unique ids); where `is_first_X`, the page's earlier content is void."""
+        bounds_XE = self.read(pages_X)
+        low_XD, high_XD = bounds_XE[:, : self._head_dim], bounds_XE[:, self._head_dim :]
+        is_first_X1 = is_first_X[:, None]
+        low_XD = torch.where(is_first_X1, k_XD, torch.minimum(low_XD, k_XD))
+        high_XD = torch.where(is_first_X1, k_XD, torch.maximum(high_XD, k_XD))
+        self._bounds_NE.index_copy_(0, pages_X, torch.cat([low_XD, high_XD], dim=1))
+
+    def read(self, pages_X: Tensor, out_XE: Tensor | None = None) -> Tensor:
+        """`[X, E]` in the pool's dtype, as is `out_XE`: the smallest key elements, then the largest. Ids may repeat."""
+        return torch.index_select(self._bounds_NE, 0, pages_X, out=out_XE)
