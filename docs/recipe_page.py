@@ -48,8 +48,11 @@ it shrinks in proportion, so that {small} tokens of context have every row but t
 """
 
 RULES = """\
-- **On a hit.** H2O looks at the query of every prompt token, so it would compute a cached prefix again. Where
-  {reuse:.0%} of the prompt or more is cached on the worker it goes to, the row's other recipe is taken.
+- **Why not H2O**, which the first design had for prompts of 8k to 32k: on SmolLM2 at half the tokens it lost most of
+  the needles that `snapkv` keeps, at many times the divergence ([docs/fidelity.md](fidelity.md)), and it computes every
+  cached prefix again. `h2o_pyramid` in a row of the table brings it back.
+- **On a hit.** For a row with `on_hit`: where {reuse:.0%} of the prompt or more is cached on the worker it goes to,
+  that recipe is taken instead of one that would compute the prefix again.
 - **Reasoning.** A request that reasons never keeps less than {reasoning:.0%}: one with a `reasoning_effort` above
   `minimal`, with `enable_thinking` true in its `chat_template_kwargs`, or whose chat template lets the model think
   unasked. `enable_thinking` false has the last word.

@@ -27,6 +27,16 @@ COMPLETIONS = "/v1/completions"
 JSON = {"content-type": "application/json"}
 
 
+# A recipe that cannot use a cached prefix, and what to do instead where one is.
+H2O_POLICY = {
+    "rows": [
+        {"min_tokens": 0, "recipe": "none"},
+        {"min_tokens": 8192, "recipe": "h2o_pyramid", "ratio": 0.5, "on_hit": "pyramidkv"},
+        {"min_tokens": 32_768, "recipe": "snapkv", "ratio": 0.25, "window": 64},
+    ]
+}
+
+
 class Harness:
     """One app with everything it stands on."""
 

@@ -81,7 +81,7 @@ class PolicyConfig(Section):
     rows: tuple[PolicyRow, ...] = Field(
         (
             PolicyRow(min_tokens=0, recipe="none"),
-            PolicyRow(min_tokens=8192, recipe="h2o_pyramid", ratio=0.5, on_hit="pyramidkv"),
+            PolicyRow(min_tokens=8192, recipe="snapkv", ratio=0.5),
             PolicyRow(min_tokens=32_768, recipe="snapkv", ratio=0.25, window=64),
             PolicyRow(min_tokens=131_072, recipe="snapkv", ratio=0.25, window=64, codec="int8"),
         ),

@@ -194,8 +194,8 @@ class CodedPool:
         """Give each page a zeroed place in the open store; returns the places."""
         with self._places_lock:
             if len(pages) > self._num_free:
-                places = f"{self._num_free} of {len(self._free_places)} places are free"
-                raise InternalError(f"coded KV pool: {len(pages)} more pages to open, {places}")
+                room = f"{self._num_free} of {len(self._free_places)} places are free"
+                raise InternalError(f"coded KV pool: {len(pages)} more pages to open, {room}")
             self._num_free -= len(pages)
             places = self._free_places[self._num_free : self._num_free + len(pages)].clone()
         self._k_open[places] = self._v_open[places] = 0

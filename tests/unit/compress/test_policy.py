@@ -15,6 +15,7 @@ from packlight.compress.recipes import RECIPES
 from packlight.core.config import KVConfig, PolicyConfig, PolicyRow, build_config
 from packlight.core.errors import ConfigError, InvalidRequest
 from packlight.core.types import ModelSpec, PackSpec
+from tests.support.router_harness import H2O_POLICY
 
 MODEL = ModelSpec(
     name="m",
@@ -47,8 +48,8 @@ def usual(num_tokens: int, options: dict[str, Any] | None = None, model: ModelSp
     [
         (1, "none", None, "native"),
         (8191, "none", None, "native"),
-        (8192, "h2o_pyramid", 0.5, "native"),
-        (32_767, "h2o_pyramid", 0.5, "native"),
+        (8192, "snapkv", 0.5, "native"),
+        (32_767, "snapkv", 0.5, "native"),
         (32_768, "snapkv", 0.25, "native"),
         (131_071, "snapkv", 0.25, "native"),
         (131_072, "snapkv", 0.25, "int8"),
@@ -59,7 +60,7 @@ def test_a_prompt_s_length_chooses_its_row(num_tokens: int, recipe: str, ratio: 
     pack = usual(num_tokens, model=LARGE)
     assert (pack.recipe, pack.ratio, pack.codec) == (recipe, ratio, codec)
     assert pack.mass_floor == (0.0 if recipe == "none" else 0.8)
-    assert pack.window == (64 if recipe == "snapkv" else 32)
+    assert pack.window == (64 if num_tokens >= 32_768 else 32)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_the_table_shrinks_with_the_model_s_context_and_never_grows(max_context:
     assert [start for start, _ in policy(replace(MODEL, max_context=max_context)).starts()] == starts
 
 
-@pytest.mark.parametrize(("num_tokens", "recipe"), [(511, "none"), (512, "h2o_pyramid"), (2048, "snapkv")])
+@pytest.mark.parametrize(("num_tokens", "recipe"), [(511, "none"), (512, "snapkv"), (2048, "snapkv")])
 def test_a_small_model_is_packed_too(num_tokens: int, recipe: str) -> None:
     assert usual(num_tokens, model=SMALL).recipe == recipe
 
@@ -161,11 +162,12 @@ def test_a_row_that_the_model_cannot_have_is_refused_at_start() -> None:
     ],
 )
 def test_a_good_hit_is_used_rather_than_recomputed(num_tokens: int, num_cached: int, recipe: str) -> None:
-    assert policy().plan({}, num_tokens).decide(num_cached).pack.recipe == recipe
+    assert policy(policy=H2O_POLICY).plan({}, num_tokens).decide(num_cached).pack.recipe == recipe
 
 
 def test_what_is_asked_holds_on_a_hit_too() -> None:
-    plan = policy().plan({"budget": 512, "codec": "fp8", "floor": 0.5, "sinks": 8, "window": 48}, 10_000)
+    options = {"budget": 512, "codec": "fp8", "floor": 0.5, "sinks": 8, "window": 48}
+    plan = policy(policy=H2O_POLICY).plan(options, 10_000)
     assert plan.on_hit is not None
     assert replace(plan.on_hit.pack, recipe="") == replace(plan.usual.pack, recipe="")
     assert plan.on_hit.reason.startswith(plan.usual.reason)
@@ -173,7 +175,7 @@ def test_what_is_asked_holds_on_a_hit_too() -> None:
 
 
 def test_only_a_recipe_that_looks_at_all_queries_is_indifferent_to_the_cache() -> None:
-    auto = policy()
+    auto = policy(policy=H2O_POLICY)
     assert auto.plan({}, 10_000).looks_at_cache(10_000)
     assert auto.plan({"recipe": "snapkv"}, 10_000).looks_at_cache(10_000)
     assert not auto.plan({"recipe": "h2o"}, 10_000).looks_at_cache(10_000)
@@ -195,7 +197,7 @@ def test_an_option_wins_over_the_row() -> None:
 @pytest.mark.parametrize("num_tokens", [10, 8191, 10_000])
 def test_a_request_that_says_how_much_is_packed_however_short(num_tokens: int) -> None:
     plan = policy().plan({"ratio": 0.2}, num_tokens)
-    assert (plan.usual.pack.recipe, plan.usual.pack.ratio) == ("h2o_pyramid", 0.2)
+    assert (plan.usual.pack.recipe, plan.usual.pack.ratio) == ("snapkv", 0.2)
     assert ("the request says how much to keep" in plan.usual.reason) == (num_tokens < 8192)
 
 
@@ -268,7 +270,7 @@ def test_reasoning_holds_on_a_hit() -> None:
 
 
 def test_the_protected_beginning_is_kept_as_sinks_are() -> None:
-    plan = policy().plan({}, 10_000)
+    plan = policy(policy=H2O_POLICY).plan({}, 10_000)
     assert plan.max_protected == 2500
     kept = plan.protecting(2500)
     for decision in (kept.usual, kept.on_hit):

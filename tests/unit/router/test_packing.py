@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from packlight.compress.policy import Plan
 from packlight.compress.recipes import CODECS, RECIPES
-from packlight.core.config import Config
+from packlight.core.config import build_config
 from packlight.core.errors import ConfigError
 from packlight.core.types import GenerateRequest
 from packlight.models.fake_spec import FakeTokenizer, fake_spec
@@ -21,7 +21,7 @@ from packlight.router.app import build_app
 from packlight.router.service import BackendEvent, Decided, ServedModel
 from packlight.telemetry.metrics import RouterMetrics
 from tests.support.fleet_of_fakes import fleet_of_fakes
-from tests.support.router_harness import CHAT, COMPLETIONS, MODEL, Harness, events_of
+from tests.support.router_harness import CHAT, COMPLETIONS, H2O_POLICY, MODEL, Harness, events_of
 from tests.support.scripted_backend import ScriptedBackend, Step, one_by_one
 
 ANSWER = one_by_one([80])
@@ -67,15 +67,8 @@ def prompt_of(num_tokens: int) -> list[int]:
     ("num_tokens", "num_cached", "recipe", "ratio", "reason"),
     [
         (511, 0, "none", None, "The prompt has 511 tokens, and below 512 nothing is dropped"),
-        (512, 0, "h2o_pyramid", 0.5, "The prompt has 512 tokens, which is 512 or more"),
-        (
-            512,
-            128,
-            "pyramidkv",
-            0.5,
-            "The prompt has 512 tokens, which is 512 or more; 25% of it or more is cached, which h2o_pyramid could not "
-            "use",
-        ),
+        (512, 0, "snapkv", 0.5, "The prompt has 512 tokens, which is 512 or more"),
+        (512, 512, "snapkv", 0.5, "The prompt has 512 tokens, which is 512 or more"),
         (2048, 2048, "snapkv", 0.25, "The prompt has 2048 tokens, which is 2048 or more"),
     ],
 )
@@ -89,6 +82,14 @@ async def test_auto_is_the_default_and_says_why(
     assert (kv["policy"], kv["reason"], kv["ratio"], kv["budget"]) == ("auto", reason, ratio, None)
     assert kv["floor"] == (0.0 if recipe == "none" else 0.8)
     assert harness.metric("auto_recipes_total", recipe=recipe) == 1
+
+
+async def test_a_table_may_say_what_to_do_on_a_hit() -> None:
+    for num_cached, recipe in ((127, "h2o_pyramid"), (128, "pyramidkv")):
+        kv = await kv_of(harness_of(num_cached, kv={"policy": H2O_POLICY}), prompt=prompt_of(512))
+        reason = "; 25% of it or more is cached, which h2o_pyramid could not use" if num_cached == 128 else ""
+        assert kv["reason"] == f"The prompt has 512 tokens, which is 512 or more{reason}"
+        assert kv["policy"] == "auto", recipe
 
 
 async def test_the_report_has_these_names() -> None:
@@ -133,7 +134,7 @@ async def test_prompts_of_one_request_are_decided_one_by_one() -> None:
     harness = harness_of()
     kv = await kv_of(harness, prompt=[prompt_of(100), prompt_of(600)], n=2)
     requests = sorted(harness.backend.requests, key=lambda request: int(request.request_id.rpartition("-")[2]))
-    assert [request.pack.recipe for request in requests] == ["none", "none", "h2o_pyramid", "h2o_pyramid"]
+    assert [request.pack.recipe for request in requests] == ["none", "none", "snapkv", "snapkv"]
     assert kv["reason"].count("The prompt has") == 2
     assert (kv["ratio"], kv["floor"]) == (None, None), "they differ"
     assert (kv["kept_tokens"], kv["read_tokens"], kv["grown_tokens"]) == (25.0, 12.5, 5.0)
@@ -187,7 +188,7 @@ DOCUMENT = {"role": "user", "content": "one, two, three " * 200}
 
 @pytest.mark.parametrize("num_cached", [0, 10_000])
 async def test_the_system_prompt_and_the_shots_are_kept(num_cached: int) -> None:
-    harness = harness_of(num_cached)
+    harness = harness_of(num_cached, kv={"policy": H2O_POLICY})
     kv = await kv_of(harness, CHAT, messages=[{"role": "developer", "content": "Be brief."}, *SHOTS, DOCUMENT])
     (request,) = harness.backend.requests
     shown = harness.model.tokenizer.text(request.token_ids[: request.pack.sinks])
@@ -280,7 +281,8 @@ async def test_two_turns_through_real_workers() -> None:
     """1024 tokens of context, so prompts of 64 tokens or more are packed; a byte is a token."""
     async with fleet_of_fakes(num_prefill=1) as fleet:
         model, metrics = ServedModel(fake_spec(max_context=1024), FakeTokenizer()), RouterMetrics(CollectorRegistry())
-        app = build_app(Config(), model, fleet.pipeline, metrics)
+        config = build_config({"kv": {"policy": H2O_POLICY}})
+        app = build_app(config, model, fleet.pipeline, metrics)
         document = {"role": "user", "content": "Read this: " + "sense and nonsense, " * 6}
         first = [{"role": "system", "content": "You are brief. "}, document]
         usage = await ask_app(app, first)
