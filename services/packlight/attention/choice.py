@@ -40,8 +40,8 @@ class PageChoice:
     def best(self, scores_NKM: Tensor) -> Tensor:
         """Page ordinals int64 `[N, K, C]`, ascending; heads that read fewer than C repeat their last page. Scores are
         finite."""
-        keys_NKC = _largest(_keys(scores_NKM + self._bias_NKM) | self._places_M, self._width)
-        ordinals_NKC: Tensor = self._top - (keys_NKC & _ORDINAL)
+        keys_NKM = _keys(scores_NKM + self._bias_NKM) | self._places_M
+        ordinals_NKC: Tensor = self._top - (_largest(keys_NKM, self._width) & _ORDINAL)
         if self._is_even:
             return ordinals_NKC.sort(dim=-1).values
         ordinals_NKC = ordinals_NKC.masked_fill_(self._is_unread_NKC, self._top).sort(dim=-1).values

@@ -19,12 +19,13 @@ from packlight.kv.pool import zeros_on_first_touch
 class PageSummaries:
     """Summaries by head page id, in the pool's dtype: minima and maxima of stored keys are stored exactly.
 
-    A page's summary means nothing until `build` or a first `add`. Overwriting a token only widens the bounds of its
+    A page's summary means nothing until it was built or begun. Overwriting a token only widens the bounds of its
     page, which stay bounds."""
 
     def __init__(self, num_head_pages: int, head_dim: int, dtype: torch.dtype, device: str = "cpu") -> None:
         # One row per page, low beside high: a page's summary is then one read, and its score one product.
         self._bounds_NE = zeros_on_first_touch((num_head_pages, 2 * head_dim), dtype, device)
+        self._empty_E = torch.tensor([torch.inf] * head_dim + [-torch.inf] * head_dim, dtype=dtype, device=device)
         self._head_dim = head_dim
 
     def build(self, pages_X: Tensor, k_XPD: Tensor, num_tokens_X: Tensor) -> None:
@@ -37,13 +38,14 @@ class PageSummaries:
         high_XD = k_XPD.masked_fill(is_unused_XP1, -torch.inf).amax(dim=1)
         self._bounds_NE.index_copy_(0, pages_X, torch.cat([low_XD, high_XD], dim=1))
 
-    def add(self, pages_X: Tensor, k_XD: Tensor, is_first_X: Tensor) -> None:
-        """One more key in each of `pages_X` (unique ids); where `is_first_X`, the page's earlier content is void."""
-        bounds_XE = self.read(pages_X)
-        low_XD, high_XD = bounds_XE[:, : self._head_dim], bounds_XE[:, self._head_dim :]
-        is_first_X1 = is_first_X[:, None]
-        low_XD = torch.where(is_first_X1, k_XD, torch.minimum(low_XD, k_XD))
-        high_XD = torch.where(is_first_X1, k_XD, torch.maximum(high_XD, k_XD))
+    def begin(self, pages_X: Tensor) -> None:
+        """The pages are empty from here on, whatever they held before."""
+        self._bounds_NE[pages_X] = self._empty_E
+
+    def add(self, pages_X: Tensor, k_XD: Tensor) -> None:
+        """One more key in each of `pages_X` (unique ids), which were built or begun."""
+        bounds_XE, dim = self.read(pages_X), self._head_dim
+        low_XD, high_XD = torch.minimum(bounds_XE[:, :dim], k_XD), torch.maximum(bounds_XE[:, dim:], k_XD)
         self._bounds_NE.index_copy_(0, pages_X, torch.cat([low_XD, high_XD], dim=1))
 
     def read(self, pages_X: Tensor, out_XE: Tensor | None = None) -> Tensor:

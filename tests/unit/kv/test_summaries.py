@@ -29,7 +29,8 @@ def test_built_then_appended_equals_recomputed(lengths, num_appended, seed):
         new = torch.randn(len(lengths), DIM, generator=generator)
         indices = torch.tensor([len(key) for key in keys])
         now = torch.stack([pages[index // PAGE] for pages, index in zip(places, indices, strict=True)])
-        summaries.add(now, new, indices % PAGE == 0)
+        summaries.begin(now[indices % PAGE == 0])
+        summaries.add(now, new)
         keys = [torch.cat([key, row[None]]) for key, row in zip(keys, new, strict=True)]
     for pages, key in zip(places, keys, strict=True):
         expected = bounds_of(key, PAGE)
@@ -47,9 +48,9 @@ def test_bounds_are_stored_without_rounding(dtype):
 def test_an_overwritten_token_only_widens_its_page():
     summaries = PageSummaries(1, 1, torch.float32)
     summaries.build(torch.tensor([0]), torch.tensor([[[1.0], [5.0]]]), torch.tensor([2]))
-    summaries.add(torch.tensor([0]), torch.tensor([[3.0]]), torch.tensor([False]))
+    summaries.add(torch.tensor([0]), torch.tensor([[3.0]]))
     assert summaries.read(torch.tensor([0])).tolist() == [[1.0, 5.0]]
-    summaries.add(torch.tensor([0]), torch.tensor([[-2.0]]), torch.tensor([False]))
+    summaries.add(torch.tensor([0]), torch.tensor([[-2.0]]))
     assert summaries.read(torch.tensor([0])).tolist() == [[-2.0, 5.0]]
 
 
