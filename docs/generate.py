@@ -33,8 +33,8 @@ packlight serve  --config packlight.yaml --set router.port=8080
 packlight config --config packlight.yaml          # prints the effective tree
 ```
 
-From the environment come identity (`POD_NAME`, `POD_IP`) and secrets (`REDIS_URL`) only. An unknown setting, a wrong
-type or a value out of range stops the process at start, with the path, the value and the limit.
+From the environment come identity (`POD_NAME`, `POD_IP`, `POD_REVISION`) and secrets (`REDIS_URL`) only. An unknown
+setting, a wrong type or a value out of range stops the process at start, with the path, the value and the limit.
 
 """
 

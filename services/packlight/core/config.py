@@ -2,8 +2,8 @@
 
 Knows plain dictionaries. Reading files and command lines is the CLI's job. One YAML file has the same shape everywhere
 (laptop, container, ConfigMap) and every process reads the part it needs; `--set a.b=c` changes one leaf. From the
-environment come identity (`POD_NAME`, `POD_IP`) and secrets (`REDIS_URL`) only. `docs/configuration.md` is generated
-from this file.
+environment come identity (`POD_NAME`, `POD_IP`, `POD_REVISION`) and secrets (`REDIS_URL`) only.
+`docs/configuration.md` is generated from this file.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Identity:
     address: str
 
 
-def describe(identity: Identity, worker: Worker, spec: ModelSpec, page_size: int) -> WorkerInfo:
+def describe(identity: Identity, worker: Worker, spec: ModelSpec, page_size: int, revision: str = "") -> WorkerInfo:
     """What the worker puts on the fleet's board."""
     return WorkerInfo(
         worker_id=identity.worker_id,
@@ -54,7 +54,7 @@ def describe(identity: Identity, worker: Worker, spec: ModelSpec, page_size: int
         address=identity.address,
         model=spec.name,
         fingerprint=spec.fingerprint,
-        compatibility=worker.compatibility,
+        compatibility=f"{worker.compatibility}/{revision}" if revision else worker.compatibility,
         page_size=page_size,
         max_context=spec.max_context,
         draining=worker.draining,
@@ -145,10 +145,10 @@ class WorkerProcess:
     def _heart(self, address: str) -> Heart:
         worker_id, generation = self._identity
         identity = Identity(worker_id, generation, self._role, address)
-        page_size = self._config.kv.page_size
+        page_size, revision = self._config.kv.page_size, self._environ.get("POD_REVISION", "")
         return Heart(
             self._fleet,
-            lambda: describe(identity, self._worker, self._spec, page_size),
+            lambda: describe(identity, self._worker, self._spec, page_size, revision),
             period_s=self._config.fleet.heartbeat_s,
             also=self._also,
         )
