@@ -1,0 +1,84 @@
+{{/* What the chart takes from `config`, and what it refuses because the parts would not fit together. */}}
+
+{{- define "packlight.configMap" -}}
+{{ include "packlight.fullname" . }}-config-{{ toYaml .Values.config | sha256sum | trunc 8 }}
+{{- end }}
+
+{{/* (dict "root" $ "role" "router"): whole seconds that a pod of the role may take to end. */}}
+{{- define "packlight.gracePeriod" -}}
+{{- $drain := get .root.Values.config .role | dig "drain_s" 30 | ceil | int -}}
+{{- $before := ternary .root.Values.router.preStopSeconds 0 (eq .role "router") | int -}}
+{{ add $before $drain (int .root.Values.terminationMarginSeconds) }}
+{{- end }}
+
+{{/* A worker that is silent for this long is dead, so one that is alive for longer is known to every router. */}}
+{{- define "packlight.minReadySeconds" -}}
+{{ .Values.config.fleet.ttl_s | ceil | int }}
+{{- end }}
+
+{{/* How long a proxy must let a stream last: longer than the router does, so that the router's error is seen. */}}
+{{- define "packlight.streamSeconds" -}}
+{{ add (ceil .Values.config.router.request_timeout_s | int) 10 }}
+{{- end }}
+
+{{- define "packlight.checks" -}}
+{{- $config := .Values.config -}}
+{{- range $section := list "index" "fleet" -}}
+  {{- if ne (get $config $section).backend "redis" -}}
+    {{- fail (printf "config.%s.backend: must be redis, got %v: these are several processes" $section (get $config $section).backend) -}}
+  {{- end -}}
+{{- end -}}
+{{- range $role := list "router" "prefill" "decode" -}}
+  {{- $section := get $config $role -}}
+  {{- if has $section.host (list "127.0.0.1" "localhost" "::1") -}}
+    {{- fail (printf "config.%s.host: %s is inside the pod only: use 0.0.0.0, or :: for IPv6" $role $section.host) -}}
+  {{- end -}}
+{{- end -}}
+{{- if $config.index.redis_url -}}
+  {{- fail "config.index.redis_url: would differ from the fleet's: use redis.external" -}}
+{{- end -}}
+{{- range $role := list "prefill" "decode" -}}
+  {{- $scaling := (include "packlight.pool" (dict "root" $ "role" $role) | fromJson).autoscaling -}}
+  {{- if gt $scaling.minReplicas $scaling.maxReplicas -}}
+    {{- fail (printf "%s.autoscaling: minReplicas %v is more than maxReplicas %v" $role $scaling.minReplicas $scaling.maxReplicas) -}}
+  {{- end -}}
+{{- end -}}
+{{- include "packlight.checkRedis" . -}}
+{{- include "packlight.checkModel" . -}}
+{{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}
+  {{- fail "ingress.hosts: name at least one host" -}}
+{{- end -}}
+{{- if and .Values.gateway.enabled (not .Values.gateway.parentRefs) -}}
+  {{- fail "gateway.parentRefs: name at least one gateway" -}}
+{{- end -}}
+{{- end }}
+
+{{- define "packlight.checkRedis" -}}
+{{- $external := or .Values.redis.external.urlSecret.name .Values.redis.external.url -}}
+{{- if and $external .Values.redis.bundled.enabled -}}
+  {{- fail "redis: bundled.enabled and external are both given: switch one off" -}}
+{{- end -}}
+{{- if not (or $external .Values.redis.bundled.enabled) -}}
+  {{- fail "redis: give redis.external.urlSecret.name (or .url), or set redis.bundled.enabled" -}}
+{{- end -}}
+{{- end }}
+
+{{- define "packlight.checkModel" -}}
+{{- $path := .Values.config.model.path -}}
+{{- $download := .Values.model.download -}}
+{{- if and $download.enabled .Values.model.volume -}}
+  {{- fail "model: volume and download.enabled are both given: both would be /models" -}}
+{{- end -}}
+{{- if and $download.enabled (not (and $download.repo $download.folder)) -}}
+  {{- fail "model.download: repo and folder are needed" -}}
+{{- end -}}
+{{- if and $download.enabled (ne $path (printf "/models/%s" $download.folder)) -}}
+  {{- fail (printf "config.model.path: must be /models/%s, where model.download puts it, got %s" $download.folder $path) -}}
+{{- end -}}
+{{- if and (hasPrefix "/models" $path) (not (or $download.enabled .Values.model.volume)) -}}
+  {{- fail (printf "config.model.path: %s needs model.volume or model.download" $path) -}}
+{{- end -}}
+{{- if and (contains "/" $path) (not (hasPrefix "/" $path)) -}}
+  {{- fail (printf "config.model.path: pods do not download for themselves: use model.download.repo: %s" $path) -}}
+{{- end -}}
+{{- end }}

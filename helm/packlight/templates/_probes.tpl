@@ -1,0 +1,42 @@
+{{/* When a pod has started, lives, and can serve. */}}
+
+{{/* (dict "root" $ "pod" values): a rollout that is not getting on is said to fail only when a start could not be. */}}
+{{- define "packlight.progressDeadline" -}}
+{{ add (int .pod.startupTimeoutSeconds) (include "packlight.minReadySeconds" .root | int) 300 }}
+{{- end }}
+
+{{/* The router listens once its model is read, and is ready while a compatible pair of workers is alive and it is not
+draining. Only a router whose event loop answers nothing at all is restarted. */}}
+{{- define "packlight.routerProbes" -}}
+startupProbe:
+  httpGet: {path: /health/live, port: http}
+  periodSeconds: 2
+  failureThreshold: {{ div (add (int .startupTimeoutSeconds) 1) 2 }}
+readinessProbe:
+  httpGet: {path: /health/ready, port: http}
+  periodSeconds: 2
+  timeoutSeconds: 2
+  failureThreshold: 2
+livenessProbe:
+  httpGet: {path: /health/live, port: http}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+{{- end }}
+
+{{/* A worker opens its gRPC port when its weights are loaded and its KV pool is there, and ends as a whole when a part
+of it dies. Whether it gets requests is not decided here: routers go by its heartbeats. */}}
+{{- define "packlight.workerProbes" -}}
+startupProbe:
+  tcpSocket: {port: grpc}
+  periodSeconds: 2
+  failureThreshold: {{ div (add (int .startupTimeoutSeconds) 1) 2 }}
+readinessProbe:
+  tcpSocket: {port: grpc}
+  periodSeconds: 5
+livenessProbe:
+  httpGet: {path: /metrics, port: metrics}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+{{- end }}
