@@ -16,8 +16,12 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from packlight.core.config import ModelConfig
+from packlight.core.config import DType, ModelConfig
+from packlight.core.types import Role
+from packlight.engine.build import build_model
+from packlight.models.base import LanguageModel
 from packlight.models.folder import ModelFolder
+from packlight.models.opened import open_model
 from packlight.models.source import resolve
 
 VOCABULARY = 288
@@ -195,3 +199,14 @@ def _gguf_tensors(model: Any) -> Iterator[tuple[str, Any]]:
 def smollm2_folder() -> ModelFolder:
     """SmolLM2-135M-Instruct, converted into the default cache, so that only the first run ever converts it."""
     return resolve(ModelConfig(path="smollm2"), on_progress=lambda _: None)
+
+
+def sharp_llama(folder: Path, times: float) -> LanguageModel:
+    """A tiny Llama whose attention has preferences: random weights alone attend almost evenly."""
+    eager = eager_model("llama")
+    with torch.no_grad():
+        for layer in eager.model.layers:
+            layer.self_attn.q_proj.weight *= times
+            layer.self_attn.k_proj.weight *= times
+    config = ModelConfig(path=str(write_model_folder(folder, eager).path), dtype=DType.FLOAT32)
+    return build_model(open_model(config, on_progress=print), config, Role.PREFILL, on_progress=print)

@@ -18,7 +18,7 @@ from packlight.engine.build import build_model
 from packlight.models.opened import open_model
 from tests.support.fake_pair import answer
 from tests.support.real_pair import greedy, real_pair
-from tests.support.tiny_models import TINY_CONFIGS, eager_model, write_model_folder
+from tests.support.tiny_models import TINY_CONFIGS, eager_model, sharp_llama, write_model_folder
 
 MAX_TOKENS = 12
 PROMPTS = [[5 + (7 * i * i + 3 * i) % 240 for i in range(n)] for n in (1, 19, 75)]
@@ -54,17 +54,9 @@ async def test_every_family_answers_as_transformers_does(family):
 # ── selection ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(scope="module")
-def sharp_llama(tmp_path_factory):
-    """A tiny Llama whose attention has preferences: random weights alone attend almost evenly."""
-    eager = eager_model("llama")
-    with torch.no_grad():
-        for layer in eager.model.layers:
-            layer.self_attn.q_proj.weight *= 4
-            layer.self_attn.k_proj.weight *= 4
-    folder = write_model_folder(tmp_path_factory.mktemp("sharp"), eager)
-    config = ModelConfig(path=str(folder.path), dtype=DType.FLOAT32)
-    return build_model(open_model(config, on_progress=print), config, Role.PREFILL, on_progress=print)
+@pytest.fixture(scope="module", name="sharp_llama")
+def sharp_model(tmp_path_factory):
+    return sharp_llama(tmp_path_factory.mktemp("sharp"), 4)
 
 
 async def shipment(pair, prompt, pack):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from packlight.compress.recipes import CODECS, RECIPES, Param, Recipe, codec_of, codecs_for, find_recipe
-from packlight.core.errors import ConfigError, InvalidRequest
+from packlight.core.errors import InvalidRequest
 from packlight.core.types import ModelSpec, PackSpec, Pooling
 
 _DEFAULT = PackSpec()
@@ -47,14 +47,6 @@ def resolve(
     )
     _check_room(spec, recipe, is_default="budget" not in given)
     return spec
-
-
-def check_defaults(default_recipe: str, default_budget: int | None) -> None:
-    """Checks the fleet's defaults once, at start. Raises ConfigError where `resolve` of an empty `kv` object fails."""
-    try:
-        resolve({}, default_recipe=default_recipe, default_budget=default_budget)
-    except InvalidRequest as error:
-        raise ConfigError(error.message) from None
 
 
 def check_model(spec: PackSpec, model: ModelSpec) -> None:

@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 
 from packlight.compress.accumulate import AccumulatedMass
 from packlight.compress.budget import keeps_all
@@ -23,14 +24,14 @@ from packlight.core.rate import Rate
 from packlight.core.shipping import FirstToken, PrefillEvent, Shipped
 from packlight.core.types import PrefillRequest, Token, WorkerLoad
 from packlight.engine.compute import Compute
-from packlight.engine.runner import ChunkWork, Runner
-from packlight.engine.sampler import PenaltyState, SampleRow, sample
+from packlight.engine.runner import Runner
 from packlight.prefill.blocks import Blocks
 from packlight.prefill.dispatch import Dispatch
 from packlight.prefill.outbox import Outbox
 from packlight.prefill.scheduler import ChunkPlan, plan_step
 from packlight.prefill.shadow import Shadows
-from packlight.prefill.shipper import Shipment, Shipper, Watch
+from packlight.prefill.shipper import Shipment
+from packlight.prefill.step import run_step
 from packlight.prefill.task import Stage, Task
 from packlight.telemetry.metrics import PrefillMetrics
 
@@ -128,7 +129,7 @@ class PrefillWorker:
         tasks = [self._admitted[chunk.index] for chunk in plan]
         started = self._clock()
         try:
-            tokens, shipments = await self._compute.run(lambda: self._run(plan, tasks))
+            tokens, shipments = await self._compute.run(partial(run_step, self._runner, self._dispatch, plan, tasks))
         except Exception as error:
             self._fail(tasks, error)
             return
@@ -166,32 +167,6 @@ class PrefillWorker:
             task.accumulated = AccumulatedMass(spec.num_layers, spec.num_kv_heads, task.anchor, device)
         task.stage, task.started_s = Stage.PREFILLING, self._clock()
         return True
-
-    def _run(
-        self, plan: Sequence[ChunkPlan], tasks: Sequence[Task]
-    ) -> tuple[list[Token | InternalError], list[Shipment]]:
-        """On the compute thread: the chunks, and the shipments and first tokens of those that end here."""
-        works, shipments, watches, rows, start = [], [], [], [], 0
-        for chunk, task in zip(plan, tasks, strict=True):
-            is_last = chunk.end == task.num_tokens
-            works.append(ChunkWork(task.request.token_ids[chunk.start : chunk.end], chunk.start, task.blocks, is_last))
-            if task.accumulated is not None and chunk.start < task.anchor:
-                num_rows = min(chunk.end, task.anchor) - chunk.start
-                watches.append(Watch(task.accumulated, task.blocks, start, chunk.start, num_rows))
-            if is_last:
-                task.outbox.put_threadsafe([self._dispatch.announce(task)])
-                shipments.append(self._dispatch.open(task, start, chunk.start))
-                rows.append(self._sample_row(task))
-            start += chunk.end - chunk.start
-        shipper = Shipper(self._runner.model.spec, self._runner.pool, shipments, watches)
-        logits = self._runner.prefill(works, shipper if shipments or watches else None)
-        return sample(logits, rows), shipments
-
-    def _sample_row(self, task: Task) -> SampleRow:
-        request, penalties = task.request, None
-        if request.sampling.has_penalties:
-            penalties = PenaltyState(request.token_ids[: task.anchor], request.token_ids[task.anchor :])
-        return SampleRow(request.sampling, task.num_tokens, penalties, request.banned_token_ids)
 
     def _commit(
         self,

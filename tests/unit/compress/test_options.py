@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packlight.compress.options import check_defaults, check_model, resolve
+from packlight.compress.options import check_model, resolve
 from packlight.compress.recipes import CODECS, RECIPES, codecs_for
-from packlight.core.errors import ConfigError, InvalidRequest
+from packlight.core.errors import InvalidRequest
 from packlight.core.types import ModelSpec, PackSpec, Pooling
 
 
@@ -152,15 +152,6 @@ def test_window_that_outgrows_the_default_budget():
     with pytest.raises(InvalidRequest, match=r"got 100 \(the default\), must be at least 205") as caught:
         resolved({"window": 200}, budget=100)
     assert caught.value.param == "kv.budget"
-
-
-def test_defaults_are_checked_at_start():
-    check_defaults("none", None)
-    check_defaults("snapkv", 64)
-    with pytest.raises(ConfigError, match="unknown recipe 'snap'"):
-        check_defaults("snap", None)
-    with pytest.raises(ConfigError, match="must be at least 37"):
-        check_defaults("snapkv", 10)
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,17 @@ def test_a_row_that_the_model_cannot_have_is_refused_at_start() -> None:
         Policy(KVConfig(policy=PolicyConfig(rows=tuple(rows))), replace(MODEL, num_kv_heads=1))
 
 
+@pytest.mark.parametrize(
+    ("kv", "problem"),
+    [({"recipe": "snap"}, "unknown recipe 'snap'"), ({"recipe": "snapkv", "budget": 10}, "must be at least 37")],
+)
+def test_the_fleet_s_defaults_are_checked_at_start(kv: dict[str, Any], problem: str) -> None:
+    policy(recipe="none")
+    policy(recipe="snapkv", budget=64)
+    with pytest.raises(ConfigError, match=problem):
+        policy(**kv)
+
+
 # ── a prefix that is cached ──────────────────────────────────────────────────────────────────────────────────────────
 
 

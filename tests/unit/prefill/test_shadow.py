@@ -7,20 +7,18 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from packlight.attention.sdpa import SdpaAttention
-from packlight.core.config import DType, ModelConfig, PrefillConfig
+from packlight.core.config import PrefillConfig
 from packlight.core.shipping import FirstToken
-from packlight.core.types import PackSpec, PrefillRequest, Role, SamplingParams
-from packlight.engine.build import build_model
+from packlight.core.types import PackSpec, PrefillRequest, SamplingParams
 from packlight.engine.compute import Compute
 from packlight.engine.runner import Runner
 from packlight.kv.pool import KVPool
-from packlight.models.opened import open_model
 from packlight.prefill.shadow import Shadows, divergence
 from packlight.prefill.worker import PrefillWorker
 from packlight.telemetry.metrics import PrefillMetrics
 from tests.support.fake_pair import running, until
 from tests.support.real_pair import MaskedAttention
-from tests.support.tiny_models import eager_model, write_model_folder
+from tests.support.tiny_models import sharp_llama
 
 PROMPT = tuple(5 + (11 * i * i + i) % 240 for i in range(96))  # whole pages: the next token needs a new block
 SNAPKV = PackSpec("snapkv", budget_tokens=40, window=8, kernel=7)
@@ -28,14 +26,7 @@ SNAPKV = PackSpec("snapkv", budget_tokens=40, window=8, kernel=7)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    eager = eager_model("llama")
-    with torch.no_grad():
-        for layer in eager.model.layers:
-            layer.self_attn.q_proj.weight *= 2
-            layer.self_attn.k_proj.weight *= 2
-    folder = write_model_folder(tmp_path_factory.mktemp("sharp"), eager)
-    config = ModelConfig(path=str(folder.path), dtype=DType.FLOAT32)
-    return build_model(open_model(config, on_progress=print), config, Role.PREFILL, on_progress=print)
+    return sharp_llama(tmp_path_factory.mktemp("sharp"), 2)
 
 
 class OnePrefill:
