@@ -1,7 +1,7 @@
 """Instruction sets: which forms of the kernels there are, and which of them this CPU runs.
 
 Knows flags and names. Each form is the same sources compiled into a library of its own, so a process loads one and
-nothing is dispatched per call. The portable form is plain C++ for any machine, vectorised by its compiler (NEON on Arm).
+nothing is dispatched per call. The portable form is plain C++ for any machine; on Arm the compiler turns it to NEON.
 """
 
 from __future__ import annotations
