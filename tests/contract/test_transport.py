@@ -4,6 +4,9 @@ The sender and the receiver are joined by the link they are made for: in-process
 through the bytes of the prefill stream. Peer death and timeouts are the stream's: see `test_prefill_client.py`.
 """
 
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from packlight.core.errors import ConfigError, ShipmentCorrupt, ShipmentIncompatible
 from packlight.core.shipping import Chunk, LayerHeader
 from packlight.transfer import inline
-from packlight.transfer.registry import TRANSPORTS, build_transport, choose
+from packlight.transfer.registry import TRANSPORTS, build_transport, connect, wish
 from packlight.wire.frames import event_from_bytes, event_to_bytes
 
 MAX_BYTES = 4 << 20
@@ -35,74 +38,97 @@ def receive_all(receiver, frames):
     return [received for frame in frames if (received := receiver.take(frame)) is not None]
 
 
+@contextmanager
+def joined(name, *, num_layers=1, max_layer_bytes=MAX_BYTES):
+    """(sender, receiver), as two workers would find each other."""
+    ends = build_transport(name)
+    receiver = ends.receiver(num_layers=num_layers, max_layer_bytes=max_layer_bytes)
+    found, sender = connect([wish(name, receiver)], {name: ends})
+    assert found == name
+    try:
+        yield sender, receiver
+    finally:
+        for end in (sender, receiver, sender, receiver):
+            end.release()  # twice
+
+
 @pytest.mark.parametrize("sizes", [[0], [1], [1 << 20, 5], [(1 << 20) + 1, 0, 3 << 20]])
 def test_bytes_arrive_equal_and_in_order(transport, sizes):
-    ends = build_transport(transport)
-    sender, receiver = ends.sender(), ends.receiver(num_layers=len(sizes), max_layer_bytes=MAX_BYTES)
-    for layer, size in enumerate(sizes):
-        data = payload(size, layer)
-        (received,) = receive_all(receiver, carry(transport, sender.frames(layer, (size, 7), data)))
-        assert (received.layer, received.lengths) == (layer, (size, 7))
-        assert torch.equal(received.payload, data)
-    for end in (sender, receiver, sender, receiver):
-        end.release()  # twice
+    with joined(transport, num_layers=len(sizes)) as (sender, receiver):
+        for layer, size in enumerate(sizes):
+            data = payload(size, layer)
+            (received,) = receive_all(receiver, carry(transport, sender.frames(layer, (size, 7), data)))
+            assert (received.layer, received.lengths) == (layer, (size, 7))
+            assert torch.equal(received.payload, data)
+
+
+def test_layers_may_all_be_on_their_way_before_the_first_is_taken(transport):
+    sizes = [5000, 0, 70_000, 1]
+    with joined(transport, num_layers=4) as (sender, receiver):
+        sent = [carry(transport, sender.frames(layer, (1,), payload(size))) for layer, size in enumerate(sizes)]
+        for frames, size in zip(sent, sizes, strict=True):
+            (received,) = receive_all(receiver, frames)
+            assert torch.equal(received.payload, payload(size))
+
+
+def test_what_was_received_outlives_the_transport(transport):
+    with joined(transport) as (sender, receiver):
+        (received,) = receive_all(receiver, carry(transport, sender.frames(0, (1,), payload(9000))))
+    assert torch.equal(received.payload, payload(9000))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_flipped_byte_is_found(transport, data):
-    ends = build_transport(transport)
+def test_bytes_that_were_not_announced_are_found(transport, data):
+    """Any byte, any bit: a payload under the header of another that differs from it by one bit."""
     original = payload(data.draw(st.integers(1, 3000)))
-    frames = list(ends.sender().frames(0, (1,), original))
-    original[data.draw(st.integers(0, len(original) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    receiver = ends.receiver(num_layers=1, max_layer_bytes=MAX_BYTES)
-    with pytest.raises(ShipmentCorrupt, match="checksum"):
-        receive_all(receiver, carry(transport, frames))
+    flipped = original.clone()
+    flipped[data.draw(st.integers(0, len(original) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    with joined(transport) as (sender, receiver), joined(transport) as (other, _):
+        announced = next(iter(other.frames(0, (1,), original)))
+        header, *chunks = sender.frames(0, (1,), flipped)
+        lying = replace(header, checksum=announced.checksum)
+        with pytest.raises(ShipmentCorrupt, match="checksum"):
+            receive_all(receiver, carry(transport, [lying, *chunks]))
 
 
 def test_a_layer_out_of_order_is_refused(transport):
-    ends = build_transport(transport)
-    frames = carry(transport, ends.sender().frames(1, (1,), payload(8)))
-    with pytest.raises(ShipmentCorrupt, match="layer 1 arrived where layer 0 was due"):
-        receive_all(ends.receiver(num_layers=2, max_layer_bytes=MAX_BYTES), frames)
+    with joined(transport, num_layers=2) as (sender, receiver):
+        frames = carry(transport, sender.frames(1, (1,), payload(8)))
+        with pytest.raises(ShipmentCorrupt, match="layer 1 arrived where layer 0 was due"):
+            receive_all(receiver, frames)
 
 
 def test_a_layer_sent_twice_is_refused(transport):
-    ends = build_transport(transport)
-    receiver = ends.receiver(num_layers=2, max_layer_bytes=MAX_BYTES)
-    for _ in receive_all(receiver, carry(transport, ends.sender().frames(0, (1,), payload(8)))):
-        pass
-    with pytest.raises(ShipmentCorrupt, match="layer 0 arrived where layer 1 was due"):
-        receive_all(receiver, carry(transport, ends.sender().frames(0, (1,), payload(8))))
+    with joined(transport, num_layers=2) as (sender, receiver):
+        receive_all(receiver, carry(transport, sender.frames(0, (1,), payload(8))))
+        with pytest.raises(ShipmentCorrupt, match="layer 0 arrived where layer 1 was due"):
+            receive_all(receiver, carry(transport, sender.frames(0, (1,), payload(8))))
 
 
 def test_one_layer_too_many_is_refused(transport):
-    ends = build_transport(transport)
-    receiver = ends.receiver(num_layers=1, max_layer_bytes=MAX_BYTES)
-    receive_all(receiver, carry(transport, ends.sender().frames(0, (1,), payload(8))))
-    with pytest.raises(ShipmentCorrupt):
-        receive_all(receiver, carry(transport, ends.sender().frames(1, (1,), payload(8))))
+    with joined(transport) as (sender, receiver):
+        receive_all(receiver, carry(transport, sender.frames(0, (1,), payload(8))))
+        with pytest.raises(ShipmentCorrupt):
+            receive_all(receiver, carry(transport, sender.frames(1, (1,), payload(8))))
 
 
 def test_a_layer_larger_than_possible_is_refused_before_its_bytes(transport):
-    ends = build_transport(transport)
-    header = next(iter(ends.sender().frames(0, (1,), payload(4096))))
-    with pytest.raises(ShipmentCorrupt, match="at most 100"):
-        ends.receiver(num_layers=1, max_layer_bytes=100).take(header)
+    with joined(transport, max_layer_bytes=100) as (sender, receiver):
+        header = next(iter(sender.frames(0, (1,), payload(4096))))
+        with pytest.raises(ShipmentCorrupt, match="at most 100"):
+            receiver.take(header)
 
 
 def test_missing_bytes_are_found_when_the_next_layer_starts(transport):
-    ends = build_transport(transport)
-    sender, receiver = ends.sender(), ends.receiver(num_layers=2, max_layer_bytes=MAX_BYTES)
-    header, *_ = carry(transport, sender.frames(0, (1,), payload(64)))
-    receiver.take(header)
-    with pytest.raises(ShipmentCorrupt, match="of 64 bytes"):
-        receiver.take(LayerHeader(1, (1,), 8, 0))
+    with joined(transport, num_layers=2) as (_, receiver):
+        receiver.take(LayerHeader(0, (1,), 64, 0))
+        with pytest.raises(ShipmentCorrupt, match="of 64 bytes"):
+            receiver.take(LayerHeader(1, (1,), 8, 0))
 
 
 def test_bytes_nobody_announced_are_refused(transport):
-    receiver = build_transport(transport).receiver(num_layers=1, max_layer_bytes=MAX_BYTES)
-    with pytest.raises(ShipmentCorrupt):
+    with joined(transport) as (_, receiver), pytest.raises(ShipmentCorrupt):
         receiver.take(Chunk(b"stray"))
 
 
@@ -111,9 +137,29 @@ def test_inline_chunks_are_about_a_mebibyte():
     assert [len(frame.data) for frame in frames[1:]] == [1 << 20, 1 << 20, 5]
 
 
-def test_choice_is_the_callers_and_names_both_lists():
-    assert choose(("shm", "grpc"), ("inproc", "grpc")) == "grpc"
-    with pytest.raises(ShipmentIncompatible, match=r"takes shm.*offers grpc"):
-        choose(("shm",), ("grpc",))
+def test_frames_are_made_when_they_are_asked_for(transport):
+    """Making them costs a checksum and perhaps a copy, which is for the reader's thread to do."""
+    with joined(transport) as (sender, receiver):
+        data = payload(100)
+        frames = sender.frames(0, (1,), data)
+        data.zero_()
+        (received,) = receive_all(receiver, carry(transport, frames))
+        assert not received.payload.any()
+
+
+def test_the_first_transport_that_reaches_its_receiver_is_taken():
+    known = {name: build_transport(name) for name in ("shm", "inproc", "grpc")}
+    for wanted in (("pigeon:3", "grpc", "inproc"), ("shm:1.2.3.aa", "grpc"), ("shm", "grpc")):
+        name, sender = connect(wanted, known)
+        sender.release()
+        assert name == "grpc"
+
+
+def test_refusing_names_both_lists_and_what_does_not_reach():
+    known = {name: build_transport(name) for name in ("inproc", "grpc")}
+    with pytest.raises(ShipmentIncompatible, match=r"takes shm, pigeon.*offers inproc, grpc"):
+        connect(("shm:secret", "pigeon"), known)
+    with pytest.raises(ShipmentIncompatible, match=r"takes shm, prefill offers shm; shm: .*no offer"):
+        connect(("shm",), {"shm": build_transport("shm")})
     with pytest.raises(ConfigError, match="grpc"):
         build_transport("pigeon")

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 from deploy.chart import ROOT
-
 from tests.deploy.support import Stage, expand, flags, lineage, stages
 
 OWN_PATHS = re.compile(

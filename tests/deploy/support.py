@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from deploy import chart, tools
+from packlight.telemetry.catalogue import CATALOGUE, Kind, Metric, full_name
 
 Object = dict[str, Any]
 HELM_VERSIONS = tuple(tools.HELM)
@@ -159,3 +160,24 @@ def _instructions(text: str) -> Iterator[tuple[str, str]]:
     for line in "\n".join(lines).replace("\\\n", " ").splitlines():
         word, _, rest = line.strip().partition(" ")
         yield word, rest.strip()
+
+
+# ── metrics in expressions ───────────────────────────────────────────────────────────────────────────────────────────
+
+_SUFFIXES = {Kind.COUNTER: ("_total",), Kind.GAUGE: ("",), Kind.HISTOGRAM: ("_bucket", "_sum", "_count")}
+_METRICS = {
+    full_name(role, metric) + suffix: metric
+    for role, metrics in CATALOGUE.items()
+    for metric in metrics
+    for suffix in _SUFFIXES[metric.kind]
+}
+
+
+def metrics_named_in(expr: str) -> dict[Metric, set[float]]:
+    """The metrics of an expression, with the bucket bounds it asks for. KeyError for one that the catalogue lacks, or
+    has as another kind."""
+    names = re.findall(r'\b(packlight_\w+)(?:\{[^}]*?le="([\d.]+)")?', expr)
+    found: dict[Metric, set[float]] = {}
+    for name, bound in names:
+        found.setdefault(_METRICS[name], set()).update({float(bound)} if bound else ())
+    return found

@@ -75,7 +75,7 @@ def test_a_misspelt_field_would_be_found(tmp_path: Path) -> None:
 
 def test_custom_resources_have_the_fields_of_their_types(tmp_path: Path) -> None:
     found = [item for case in CASES for item in objects(case) if item["apiVersion"] in CUSTOM_RESOURCES]
-    assert {item["kind"] for item in found} == {"ServiceMonitor", "ScaledObject", "HTTPRoute"}
+    assert {item["kind"] for item in found} == {"ServiceMonitor", "PrometheusRule", "ScaledObject", "HTTPRoute"}
     assert _type_errors(found, tmp_path) == ""
 
 

@@ -19,8 +19,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from deploy.chart import CHART, ROOT
 
+from deploy.chart import CHART, ROOT
 from packlight.core.config import FleetConfig
 from packlight.fleet.base import FleetAway
 from packlight.fleet.registry import build_fleet

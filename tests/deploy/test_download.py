@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
 from deploy.chart import CHART
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

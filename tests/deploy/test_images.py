@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from deploy.chart import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from deploy import tools
+from deploy.chart import ROOT
 from packlight.core.config import build_config
 from tests.deploy.image_build import Image, context_files
 from tests.deploy.support import (

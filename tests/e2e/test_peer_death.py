@@ -10,6 +10,7 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 
+from packlight.core.config import DecodeConfig
 from packlight.core.errors import WorkerLost
 from packlight.core.shipping import LayerHeader
 from packlight.core.types import Failed, Finished, Tokens
@@ -41,7 +42,8 @@ async def decode_with(address: str, wrap=lambda client: client):
     """A decode worker here whose prefill worker is the process at `address`."""
     channels = Channels()
     client = wrap(GrpcPrefillClient(channels.get(address), "prefill-0"))
-    async with fake_pair(decode_blocks=20_000, client=lambda _: client) as pair:
+    inline = DecodeConfig(transports=["grpc"])  # so that payload is still under way when a process dies
+    async with fake_pair(decode_blocks=20_000, decode=inline, client=lambda _: client) as pair:
         yield pair
         assert pair.decode.load().num_free_pages == pair.decode.load().num_total_pages
     await channels.close()

@@ -8,7 +8,7 @@ import pytest
 
 from packlight.compress.recipes import CODECS, RECIPES
 from tests.e2e.helpers import client_of, decode_in_use
-from tests.support.cluster import running_cluster
+from tests.support.cluster import REMOTE_ONLY, running_cluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -19,6 +19,7 @@ SETTINGS = (
     f"prefill.kv_memory_bytes={POOL}",
     f"decode.kv_memory_bytes={POOL}",
     "index.timeout_s=0.25",
+    REMOTE_ONLY,
 )
 FACTS = "The harbour master of Port Ellen is called Morag. Fishing boats leave at dawn and come back at dusk. "
 

@@ -28,7 +28,9 @@ from packlight.wire.channel import Channels, start_server
 from tests.support.redis_servers import find_binary
 
 CLUSTER = Path(__file__).parents[2] / "deploy" / "cluster.py"
-SMALL_POOLS = ("prefill.kv_memory_bytes=16777216", "decode.kv_memory_bytes=16777216")
+REMOTE_ONLY = "decode.local_prefill.kv_memory_bytes=0"
+"""Every prompt goes from worker to worker, however short: most tests are about that way."""
+SMALL_POOLS = ("prefill.kv_memory_bytes=16777216", "decode.kv_memory_bytes=16777216", REMOTE_ONLY)
 START_TIMEOUT_S = 120.0  # importing torch several times at once on a busy machine
 
 

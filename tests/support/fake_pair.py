@@ -29,8 +29,11 @@ PAGE = 4
 
 @dataclass
 class Gate:
-    """Holds the compute thread before its steps until the test lets them pass; `open` lets all pass."""
+    """Holds the compute thread before its steps until the test lets them pass; `open` lets all pass. `steps` gains the
+    gate's name with each step; gates may share it."""
 
+    name: str = ""
+    steps: list[str] = field(default_factory=list)
     permits: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     is_open: bool = True
     num_steps: int = 0
@@ -40,6 +43,7 @@ class Gate:
         if not self.is_open:
             self.permits.acquire(timeout=30)
         self.num_steps += 1
+        self.steps.append(self.name)
         if self.error is not None:
             raise self.error
 
@@ -95,10 +99,12 @@ async def fake_pair(
     prefill_blocks: int = 64,
     decode_blocks: int = 64,
     client: Callable[[PrefillWorker], PrefillClient] | None = None,
+    shared: Compute | None = None,
 ) -> AsyncIterator[FakePair]:
-    """Both workers, running. `client` puts something between decode and prefill."""
-    gates = Gate(), Gate()
-    computes = Compute("prefill"), Compute("decode")
+    """Both workers, running. `client` puts something between decode and prefill; `shared` has them share a thread."""
+    steps: list[str] = []
+    gates = Gate("prefill", steps), Gate("decode", steps)
+    computes = (shared, shared) if shared else (Compute("prefill"), Compute("decode"))
     prefill_worker = PrefillWorker(
         prefill or PrefillConfig(),
         fake_runner(PREFILL_BIAS, prefill_blocks, gates[0]),

@@ -6,6 +6,7 @@ the test says so, and what leads from one part to another can be cut.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -15,7 +16,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from packlight.core.config import DecodeConfig, PrefillConfig, RouterConfig
+from packlight.colocated import PrefillBeside
+from packlight.core.config import Config, DecodeConfig, KVConfig, LocalPrefillConfig, PrefillConfig, RouterConfig
 from packlight.core.errors import WorkerLost
 from packlight.core.hashing import page_hashes
 from packlight.core.shipping import PrefillEvent
@@ -34,7 +36,7 @@ from packlight.engine.compute import Compute
 from packlight.engine.host import Identity, describe
 from packlight.fleet.memory import MemoryFleet
 from packlight.fleet.view import FleetView
-from packlight.models.fake import DECODE_BIAS, PREFILL_BIAS
+from packlight.models.fake import DECODE_BIAS, PREFILL_BIAS, FakeModel
 from packlight.models.fake_spec import FAKE_VOCABULARY, fake_spec
 from packlight.prefill.publisher import Publisher
 from packlight.prefill.worker import PrefillWorker
@@ -97,13 +99,29 @@ class Member:
     compute: Compute
     identity: Identity
     publisher: Publisher | None = None
+    beside: PrefillBeside | None = None
+    local: Link | None = None
 
     @property
     def worker_id(self) -> WorkerId:
         return self.identity.worker_id
 
     def info(self) -> WorkerInfo:
-        return describe(self.identity, self.worker, fake_spec(), PAGE)
+        offer = self.beside.offer() if self.beside else None
+        return describe(self.identity, self.worker, fake_spec(), PAGE, local_prefill=offer)
+
+    @property
+    def workers(self) -> list[PrefillWorker | DecodeWorker]:
+        return [self.worker, self.beside.worker] if self.beside else [self.worker]
+
+    async def beat(self) -> None:
+        for part in (self.publisher, self.beside):
+            if part is not None:
+                await part.beat()
+
+    async def run(self) -> None:
+        parts = [part.run() for part in (self.worker, self.publisher, self.beside) if part is not None]
+        await asyncio.gather(*parts)
 
 
 class FleetOfFakes:
@@ -130,8 +148,7 @@ class FleetOfFakes:
         for member in self.members.values():
             if member.link.num_tokens_until_cut != 0:
                 await self.board.heartbeat(member.info())
-                if member.publisher is not None:
-                    await member.publisher.beat()
+                await member.beat()
         await self.view.refresh()
 
     async def until_indexed(self, prompt: list[int], worker_id: WorkerId) -> None:
@@ -150,11 +167,12 @@ class FleetOfFakes:
         return self.registry.get_sample_value("packlight_router_retries_total", {"type": kind}) or 0.0
 
     def is_idle(self) -> bool:
-        return all(member.worker.num_unfinished == 0 for member in self.members.values())
+        return all(worker.num_unfinished == 0 for member in self.members.values() for worker in member.workers)
 
     def check_idle(self) -> None:
         for member in self.members.values():
-            member.worker.check()
+            for worker in member.workers:
+                worker.check()
             if isinstance(member.worker, DecodeWorker):
                 assert member.worker.load().num_free_pages == member.worker.load().num_total_pages
         assert not any(self.pipeline._sent.tokens.values()), "tokens that nobody prefills"
@@ -170,17 +188,20 @@ async def fleet_of_fakes(
     prefill: PrefillConfig | None = None,
     decode: DecodeConfig | None = None,
     index: PrefixIndex | None = None,
+    local_tokens: int = 0,
     seed: int = 0,
 ) -> AsyncIterator[FleetOfFakes]:
-    """All on the board and seen by the router. Afterwards nothing may be held anywhere."""
+    """All on the board and seen by the router. Afterwards nothing may be held anywhere. Decode workers prefill prompts
+    of up to `local_tokens` themselves."""
     index = index or MemoryPrefixIndex(1000)
     members = [_prefill_member(number, prefill or PrefillConfig(), index) for number in range(num_prefill)]
     prefills = {member.worker_id: member.link for member in members}
-    members += [_decode_member(number, decode or DecodeConfig(), prefills) for number in range(num_decode)]
+    members += [
+        _decode_member(number, decode or DecodeConfig(), prefills, index, local_tokens) for number in range(num_decode)
+    ]
     fleet = FleetOfFakes(members, index, router or RouterConfig(), seed)
-    publishers = [member.publisher.run() for member in members if member.publisher is not None]
     try:
-        async with running(*(member.worker.run() for member in members), *publishers):
+        async with running(*(member.run() for member in members)):
             await fleet.beat()
             yield fleet
             for member in members:
@@ -204,17 +225,36 @@ def _prefill_member(number: int, config: PrefillConfig, index: PrefixIndex) -> M
     return Member(worker, Link(worker, worker_id), gate, compute, identity, publisher)
 
 
-def _decode_member(number: int, config: DecodeConfig, prefills: dict[WorkerId, Link]) -> Member:
-    worker_id, gate, compute = f"decode-{number}", Gate(), Compute(f"decode-{number}")
+def _decode_member(
+    number: int, config: DecodeConfig, prefills: dict[WorkerId, Link], index: PrefixIndex, local_tokens: int
+) -> Member:
+    worker_id, gate = f"decode-{number}", Gate()
+    compute = Compute(worker_id, max_stall_s=config.max_stall_s)
+    beside = _beside(worker_id, config, gate, compute, index, local_tokens) if local_tokens else None
+    local = Link(beside.worker, beside.worker_id) if beside else None
+    reachable = prefills | ({local.worker_id: local} if local else {})
     worker = DecodeWorker(
         config,
         fake_runner(DECODE_BIAS, 256, gate),
         compute,
-        lambda prefill_id, address: prefills[prefill_id],
+        lambda prefill_id, address: reachable[prefill_id],
         metrics=DecodeMetrics(CollectorRegistry()),
     )
     identity = Identity(worker_id, 1, Role.DECODE, f"{worker_id}:1")
-    return Member(worker, Link(worker, worker_id), gate, compute, identity)
+    return Member(worker, Link(worker, worker_id), gate, compute, identity, beside=beside, local=local)
+
+
+def _beside(
+    worker_id: WorkerId, config: DecodeConfig, gate: Gate, compute: Compute, index: PrefixIndex, num_tokens: int
+) -> PrefillBeside:
+    spec = fake_spec()
+    offered = LocalPrefillConfig(kv_memory_bytes=num_tokens * spec.kv_bytes_per_token(4))
+    whole = Config(
+        kv=KVConfig(page_size=PAGE),
+        decode=config.model_copy(update={"local_prefill": offered, "attention": "reference"}),
+    )
+    model = FakeModel(spec, bias=PREFILL_BIAS, before_step=gate)
+    return PrefillBeside(whole, (worker_id, 1), model, compute, index, PrefillMetrics(CollectorRegistry()))
 
 
 def broken_answer(prompt: list[int], num_tokens: int, breaks: list[int]) -> list[int]:

@@ -22,19 +22,30 @@ class PagedRows:
 
     What is not stored must not matter: it is 1e4, and finite because the end of a page is multiplied by zero."""
 
-    def __init__(self, lengths, *, num_heads, head_dim=8, page_size=4, dtype=torch.float32, seed=0, codec=None):
+    def __init__(
+        self,
+        lengths,
+        *,
+        num_heads,
+        head_dim=8,
+        page_size=4,
+        num_blocks=128,
+        dtype=torch.float32,
+        seed=0,
+        codec=None,
+    ):
         self.generator = torch.Generator().manual_seed(seed)
         self.num_layers, self.num_kv_heads = len(lengths[0]), len(lengths[0][0])
         self.num_heads, self.head_dim, self.page_size, self.dtype = num_heads, head_dim, page_size, dtype
         spec = model_spec(self.num_layers, self.num_kv_heads, head_dim)
         if codec is None:
-            self.pool = KVPool(spec, num_blocks=128, page_size=page_size, dtype=dtype)
+            self.pool = KVPool(spec, num_blocks=num_blocks, page_size=page_size, dtype=dtype)
             self.pool.k.fill_(1e4)
             self.pool.v.fill_(1e4)
         else:
             num_open = len(lengths) * self.num_layers * self.num_kv_heads
             self.pool = CodedPool(
-                spec, codec, num_blocks=128, max_open_pages=num_open, page_size=page_size, dtype=dtype
+                spec, codec, num_blocks=num_blocks, max_open_pages=num_open, page_size=page_size, dtype=dtype
             )
         self.summaries = PageSummaries(self.pool.num_head_pages, head_dim, dtype)
         self.table = HeadPageTable(

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -11,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from packlight.core.types import KVUsage, Timings
 from packlight.telemetry.catalogue import CATALOGUE, Kind, catalogue_markdown, full_name
-from packlight.telemetry.logs import set_up_logging
+from packlight.telemetry.logs import log_event, set_up_logging
 from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics, RouterMetrics
 
 
@@ -36,6 +38,9 @@ def use_everything(registry: CollectorRegistry) -> None:
     router.set_workers("decode", 2)
     router.set_index_available(True)
     router.set_draining(False)
+    router.set_ready(True)
+    router.count_placement("local", "short")
+    router.observe_prediction("local", 0.1, 0.12)
     for worker in (prefill, decode):
         worker.count_request("completed")
         worker.count_error("QueueFull")
@@ -46,11 +51,12 @@ def use_everything(registry: CollectorRegistry) -> None:
         worker.observe_shipment("snapkv", 100.0, 1000, 4000, 0.98)
     prefill.observe_prefill(100, 60, 0.2, 0.01)
     prefill.observe_step(2, 512, 0.05)
+    prefill.observe_shipping("grpc", 0.2, 0.01)
     prefill.observe_shadow("snapkv", 0.02, True)
     decode.observe_step(8, 0.004)
     decode.observe_transfer(0.01)
     decode.observe_first_step(0.005)
-    decode.count_local_prefill("short")
+    decode.observe_stall(0.1)
 
 
 @pytest.fixture
@@ -93,6 +99,25 @@ def test_nothing_shipped_has_no_ratio_and_no_mass() -> None:
     DecodeMetrics(registry).observe_shipment("none", 100.0, 0, 4000, None)
     assert registry.get_sample_value("packlight_decode_compression_ratio_count", {"recipe": "none"}) is None
     assert registry.get_sample_value("packlight_decode_attention_mass_retained_count", {"recipe": "none"}) is None
+
+
+def test_errors_count_from_zero() -> None:
+    """A series that begins with 1 has no increase: the first corrupt shipment would go unnoticed."""
+    registry = CollectorRegistry()
+    RouterMetrics(registry), DecodeMetrics(registry)
+    assert registry.get_sample_value("packlight_decode_errors_total", {"type": "ShipmentCorrupt"}) == 0
+    assert registry.get_sample_value("packlight_router_retries_total", {"type": "WorkerLost"}) == 0
+    assert registry.get_sample_value("packlight_router_retries_total", {"type": "InvalidRequest"}) is None
+
+
+def test_the_oldest_in_the_queue_is_a_point_in_time() -> None:
+    registry = CollectorRegistry()
+    metrics = DecodeMetrics(registry, wall_clock=lambda: 1000.0)
+    oldest = partial(registry.get_sample_value, "packlight_decode_oldest_queued_timestamp_seconds")
+    metrics.set_queue(2, oldest_wait_s=30.0)
+    assert oldest() == 970
+    metrics.set_queue(0)
+    assert oldest() == 0
 
 
 def test_two_engines_live_in_one_process() -> None:
@@ -140,6 +165,30 @@ def test_one_event_is_one_line(log: io.StringIO) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO packlight\.x two\\nlines\\r and a \\\\", first)
     assert "Traceback" in second
     assert second.endswith("ValueError: broken")
+
+
+def test_facts_follow_the_event(log: io.StringIO) -> None:
+    log_event(logging.getLogger("packlight.x"), logging.INFO, "100 % chat", request="r-1", seconds=0.5, forged="a\nb")
+    assert log.getvalue().endswith("INFO packlight.x 100 % chat request=r-1 seconds=0.5 forged=a\\nb\n")
+
+
+def test_facts_come_before_a_traceback(log: io.StringIO) -> None:
+    log_event(logging.getLogger("packlight.x"), logging.ERROR, "failed", exc_info=ValueError("x"), answers="a b")
+    (line,) = log.getvalue().splitlines()
+    assert re.search(r"failed answers=a b\\nValueError: x$", line)
+
+
+def test_json_is_an_object_a_line(log: io.StringIO) -> None:
+    set_up_logging("info", log, format="json")
+    logger = logging.getLogger("packlight.x")
+    logger.warning("%d\nlines", 2)
+    log_event(logger, logging.ERROR, "chat", exc_info=ValueError("x"), request="r-1", outcome=Kind.GAUGE, level="fake")
+    first, second = map(json.loads, log.getvalue().splitlines())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("time"))
+    assert first == {"level": "warning", "logger": "packlight.x", "message": "2\nlines"}
+    assert (second["message"], second["request"], second["outcome"]) == ("chat", "r-1", "gauge")
+    assert second["level"] == "error"
+    assert second["traceback"].endswith("ValueError: x")
 
 
 def test_setting_up_again_replaces(log: io.StringIO) -> None:

@@ -18,6 +18,7 @@ from packlight.attention.choice import PageChoice
 from packlight.attention.masks import additive
 from packlight.attention.stores import stored_pages
 from packlight.kv.reading import PageReader
+from packlight.kv.table import Int32s
 
 
 class Part:
@@ -44,6 +45,12 @@ class Part:
         """All pages `[N, K, M]` int64; heads that have fewer than M are filled up with their first."""
         return self._pages_NLKM[:, layer, :, : self._num_pages_NLK[:, layer].max()]
 
+    def read_lengths(self, layer: int) -> Int32s:
+        """Tokens on the pages that each head reads, `[N, K]`."""
+        num_unread_NK = self._num_pages_NLK[:, layer] - self._num_read_NLK[:, layer]
+        lengths_NK: Int32s = self._lengths_NLK[:, layer] - num_unread_NK * self._page_size
+        return lengths_NK
+
     def choice(self, layer: int) -> tuple[PageChoice, Tensor]:
         """Who chooses among `pages`, and how many tokens are on each of them: `[N, K, M]` int64, 0 on those that only
         fill up."""
@@ -66,10 +73,8 @@ class Part:
         return torch.from_numpy(num_tokens_NKM).to(self._device)
 
     def _make_mask(self, layer: int, sliding_window: int | None) -> Tensor | None:
-        num_read_NK = self._num_read_NLK[:, layer]
-        num_unread_NK = self._num_pages_NLK[:, layer] - num_read_NK
-        length_NK11 = (self._lengths_NLK[:, layer] - num_unread_NK * self._page_size)[:, :, None, None]
-        index_S = np.arange(num_read_NK.max() * self._page_size)
+        length_NK11 = self.read_lengths(layer)[:, :, None, None]
+        index_S = np.arange(self._num_read_NLK[:, layer].max() * self._page_size)
         seen = index_S < length_NK11
         if sliding_window:
             seen &= index_S >= length_NK11 - sliding_window

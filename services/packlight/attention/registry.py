@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from packlight.core.registry import Registry
+
+NATIVE: Final = "cpu"
+TORCH: Final = "sdpa"
+AUTO: Final = "auto"  # not a backend: whoever builds one chooses
 
 BACKENDS = Registry(
     "attention backend",
     {
         "reference": "packlight.attention.reference:ReferenceAttention",
-        "sdpa": "packlight.attention.sdpa:SdpaAttention",
+        NATIVE: "packlight.attention.cpu:CpuAttention",
+        TORCH: "packlight.attention.sdpa:SdpaAttention",
     },
 )

@@ -1,7 +1,7 @@
 """The decode step of the torch backend: pages gathered into contiguous memory, then `scaled_dot_product_attention`.
 
 Reading gathered pages costs one copy of what is read, per layer and step. A row with a reader copies the pages it reads
-and the summaries of all its pages: that is where the time is saved. Legend as in `attention/base.py`, E = 2 * D, N rows
+and the summaries of all its pages: that is where the time is saved. Legend as in `attention/base.py`, N rows
 of one part (`parts.py`), C pages read per head, S tokens there.
 """
 
@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlight.attention.base import DecodeBatch
-from packlight.attention.parts import Part, Parts
+from packlight.attention.chosen import ChosenPages
+from packlight.attention.parts import Parts
 from packlight.attention.scratch import Scratch
 from packlight.attention.stores import NewTokens
-from packlight.kv.reading import PageQuery
 
 
 class SdpaDecode:
     def __init__(self, batch: DecodeBatch) -> None:
         self._batch, self._new_tokens, self._parts = batch, NewTokens(batch), Parts(batch)
         dtype, device = batch.pool.dtype, batch.pool.device
-        self._k, self._v, self._summaries = (Scratch(dtype, device) for _ in range(3))
-        self._bounds = Scratch(torch.float32, device)
+        self._chosen = ChosenPages(batch)
+        self._k, self._v = Scratch(dtype, device), Scratch(dtype, device)
 
     def attend(
         self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, scale: float, sliding_window: int | None
@@ -33,30 +33,12 @@ class SdpaDecode:
         out_BKGD = torch.empty_like(q_BKGD)
         for part in self._parts.of(layer, sliding_window):
             q_NKGD = q_BKGD[part.index]
-            k_NKSD, v_NKSD = self._gather(self._pages(part, layer, q_NKGD, scale))
+            k_NKSD, v_NKSD = self._gather(self._chosen.of(part, layer, q_NKGD, scale))
             mask = part.mask(layer, sliding_window)
             out_BKGD[part.index] = F.scaled_dot_product_attention(q_NKGD, k_NKSD, v_NKSD, attn_mask=mask, scale=scale)
         if self._batch.on_layer is not None:
             self._batch.on_layer(layer, q_THD, scale)
         return out_BKGD.flatten(1, 2)
-
-    def _pages(self, part: Part, layer: int, q_NKGD: Tensor, scale: float) -> Tensor:
-        """The pages to read, `[N, K, C]`."""
-        pages_NKM = part.pages(layer)
-        if part.reader is None:
-            return pages_NKM
-        bounds_NKME = self._read_bounds(pages_NKM)
-        choice, num_tokens_NKM = part.choice(layer)
-        scores_NKM = part.reader.score(PageQuery(layer, part.rows, q_NKGD, scale, bounds_NKME, num_tokens_NKM))
-        return pages_NKM.gather(-1, choice.best(scores_NKM))
-
-    def _read_bounds(self, pages_NKM: Tensor) -> Tensor:
-        """fp32 `[N, K, M, E]`."""
-        assert self._batch.summaries is not None
-        shape = (*pages_NKM.shape, 2 * self._batch.pool.head_dim)
-        stored_XE = self._summaries.take(pages_NKM.numel(), shape[-1])
-        self._batch.summaries.read(pages_NKM.flatten(), stored_XE)
-        return self._bounds.take(*shape).copy_(stored_XE.view(shape))
 
     def _gather(self, pages_NKC: Tensor) -> tuple[Tensor, Tensor]:
         """K and V, each `[N, K, S, D]`."""

@@ -28,6 +28,7 @@ class LayerView:
         strides.
     scale: what the model multiplies q.k by.
     lse_WH: natural log of the sum over visible keys of exp(scale * q.k), if it is known. Scorers always have it.
+    mass_KS: `window.window_attention`'s, if it is known. Keys may then have D = 0, unless the recipe looks at them.
     accumulated_KS: attention mass that the queries of *all* S tokens put on every key, summed over rows and group,
         fp32; there only for recipes that need all queries.
     """
@@ -39,6 +40,7 @@ class LayerView:
     num_layers: int
     lse_WH: Tensor | None = None
     accumulated_KS: Tensor | None = None
+    mass_KS: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -117,9 +117,12 @@ def max_pages_by_layer(
 ) -> list[int]:
     """Upper bound of each layer's head pages. Where layers compete any one may get much, and the sum is more than
     `max_pages`."""
+    # Every request asks, and a model has many layers: what does not depend on the layer is found out once.
+    budget = None if keeps_all(spec, num_prompt_tokens) else load_budget(spec)
     return [
         _layer_pages(
             spec,
+            budget,
             num_prompt_tokens,
             Site(layer, model.num_layers, model.num_kv_heads),
             sliding_window,
@@ -146,13 +149,21 @@ def _asked(spec: PackSpec, num_tokens: int) -> int:
 
 
 def _layer_pages(
-    spec: PackSpec, num_tokens: int, site: Site, sliding_window: int | None, page_size: int, num_new_tokens: int
+    spec: PackSpec,
+    budget: Budget | None,
+    num_tokens: int,
+    site: Site,
+    sliding_window: int | None,
+    page_size: int,
+    num_new_tokens: int,
 ) -> int:
+    """Without a `budget` every token of the prompt is kept."""
     num_heads = site.num_kv_heads
-    per_head = num_heads * pages_of(max_kept(spec, num_tokens, site, sliding_window) + num_new_tokens, page_size)
-    if sliding_window is not None or keeps_all(spec, num_tokens):
-        return per_head
-    in_layer = load_budget(spec).max_kept_in_layer(spec, num_tokens, site)
+    if budget is None or sliding_window is not None:
+        kept = num_tokens if sliding_window is None else min(sliding_window, num_tokens)
+        return num_heads * pages_of(kept + num_new_tokens, page_size)
+    per_head = num_heads * pages_of(budget.max_kept(spec, num_tokens, site) + num_new_tokens, page_size)
+    in_layer = budget.max_kept_in_layer(spec, num_tokens, site)
     return min(per_head, _most_pages(in_layer, num_heads, num_new_tokens, page_size))
 
 

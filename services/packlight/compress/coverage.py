@@ -33,7 +33,7 @@ def tokens_for_share(candidates: Candidates, share: float) -> list[int]:
 
 def retained_share(candidates: Candidates, prefix: Sequence[Tensor]) -> float:
     """The share of the window's attention mass on the window and on `prefix[k]`, mean over KV heads."""
-    mass_KS = candidates.mass_KS.double()
-    kept_K = mass_KS[:, candidates.num_prefix :].sum(dim=1)
-    kept_K += torch.stack([row_S[index].sum() for row_S, index in zip(mass_KS, prefix, strict=True)])
-    return float((kept_K / mass_KS.sum(dim=1)).mean().clamp(max=1.0))
+    mass_KS = candidates.mass_KS
+    kept_K = mass_KS[:, candidates.num_prefix :].sum(dim=1, dtype=torch.float64)
+    kept_K += torch.stack([row_S[index].sum(dtype=torch.float64) for row_S, index in zip(mass_KS, prefix, strict=True)])
+    return float((kept_K / mass_KS.sum(dim=1, dtype=torch.float64)).mean().clamp(max=1.0))

@@ -131,6 +131,11 @@ class Recipe:
         return self.scorer == "accumulated"
 
     @property
+    def looks_at_keys(self) -> bool:
+        """The scorer looks at keys itself, beyond what the window attends to."""
+        return self.scorer == "cake"
+
+    @property
     def divides_layers(self) -> bool:
         """Lengths are known only when every layer has been scored, so nothing is shipped before that."""
         return self.budget == "cake"

@@ -20,7 +20,7 @@ from packlight.compress.budget import keeps_all
 from packlight.compress.coverage import retained_share, tokens_for_share
 from packlight.compress.recipes import BUDGETS, SCORERS, find_recipe
 from packlight.compress.topk import top_indices
-from packlight.compress.window import window_lse, window_mass
+from packlight.compress.window import WindowAttention, window_attention, window_mass
 from packlight.core.errors import InternalError
 from packlight.core.types import PackSpec
 
@@ -39,10 +39,19 @@ class Selector:
         self._recipe = find_recipe(spec.recipe)
         self._waiting: list[tuple[int, Selection | Candidates]] = []
 
+    def scores(self, sliding_window: int | None = None) -> bool:
+        """Whether a layer's queries and keys decide what it keeps."""
+        return sliding_window is None and not keeps_all(self._spec, self._anchor)
+
+    @property
+    def looks_at_keys(self) -> bool:
+        """Whether scoring needs the keys where the window's attention is known."""
+        return self._recipe.looks_at_keys
+
     def add(self, view: LayerView, sliding_window: int | None = None) -> list[tuple[int, Selection]]:
         """The layers that can be packed now, with what each of their KV heads keeps.
 
-        Queries and keys are looked at only if something is to be dropped by score.
+        Queries and keys are looked at only if they decide: `scores`.
         Raises InternalError when the attention mass is not finite."""
         assert view.num_tokens == self._anchor, (view.num_tokens, self._anchor)
         found = self._find(view, sliding_window)
@@ -61,10 +70,8 @@ class Selector:
 
     def _find(self, view: LayerView, sliding_window: int | None) -> Selection | Candidates:
         """The layer's selection, or only its scores if its length depends on other layers."""
-        if sliding_window is not None:
-            return self._all_from(max(0, self._num_tokens - sliding_window), view)
-        if keeps_all(self._spec, self._anchor):
-            return self._all_from(0, view)
+        if not self.scores(sliding_window):
+            return self._all_from(max(0, self._num_tokens - (sliding_window or self._num_tokens)), view)
         candidates = rate(view, self._spec)
         return candidates if self._recipe.divides_layers else self._best(candidates)
 
@@ -101,8 +108,7 @@ def rate(view: LayerView, spec: PackSpec) -> Candidates:
     name = find_recipe(spec.recipe).scorer
     assert name is not None, "a recipe that drops tokens has a scorer"
     scorer: Scorer = SCORERS.load(name)()
-    lse_WH = window_lse(view.q_WHD, view.k_KSD, view.scale) if view.lse_WH is None else view.lse_WH
-    mass_KS = window_mass(view.q_WHD, view.k_KSD, view.scale, lse_WH)
+    mass_KS, lse_WH = _attention(view)
     # A sum shows every NaN and infinity of its terms.
     if not isfinite(mass_KS.sum().item()):
         raise InternalError(f"the attention of layer {view.layer} is not finite, so no token can be preferred")
@@ -110,6 +116,15 @@ def rate(view: LayerView, spec: PackSpec) -> Candidates:
     scores_KN = scored.scores_KN.clone()
     scores_KN[:, : spec.sinks] = torch.inf
     return Candidates(view.site, view.num_tokens, scores_KN, mass_KS, scored.layer_weight)
+
+
+def _attention(view: LayerView) -> WindowAttention:
+    """What the window attends to: as it is known, else in one pass over the keys."""
+    if view.mass_KS is not None and view.lse_WH is not None:
+        return WindowAttention(view.mass_KS, view.lse_WH)
+    if view.lse_WH is None:
+        return window_attention(view.q_WHD, view.k_KSD, view.scale)
+    return WindowAttention(window_mass(view.q_WHD, view.k_KSD, view.scale, view.lse_WH), view.lse_WH)
 
 
 def keep(candidates: Candidates, lengths: Sequence[int], spec: PackSpec, num_tokens: int) -> Selection:

@@ -9,7 +9,7 @@ environment come identity (`POD_NAME`, `POD_IP`, `POD_REVISION`) and secrets (`R
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +21,12 @@ class DType(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class Weights(StrEnum):
+    NATIVE = "native"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 class Section(BaseModel):
@@ -37,6 +43,13 @@ class ModelConfig(Section):
     dtype: DType = Field(
         DType.AUTO,
         description="Of weights, activations and KV. `auto`: bfloat16 where the device computes in it, else float32.",
+    )
+    weights: Weights = Field(
+        Weights.NATIVE,
+        description="How weights lie in memory on a CPU: `native` (as `dtype`), `int8` (a scale per output), or `int4` "
+        "(groups of 32; embedding and head stay int8), quantised once at load. Fewer bytes are read per token, and "
+        "answers change a little. KV is the same kind in all three, so prefill and decode workers of one fleet may "
+        "differ: `native` where prompts are read, `int4` where answers are written.",
     )
     device: str = Field("cpu", description="A torch device: `cpu`, `cuda`, `cuda:1`.")
     max_context: int | None = Field(
@@ -126,7 +139,11 @@ class WorkerSection(Section):
     )
     worker_id: str | None = Field(None, description="Default: `POD_NAME`, else role and process id.")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="Port of `/metrics`; none when unset.")
-    attention: str = Field("sdpa", description="Attention backend: `sdpa`, or `reference` (slow, for comparison).")
+    attention: str = Field(
+        "auto",
+        description="Attention backend: `cpu` (native kernels, compiled at the first start), `sdpa` (torch), or "
+        "`reference` (slow, for comparison). `auto`: `cpu` on CPUs where it can be compiled, else `sdpa`.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of one step. Default: torch's own choice.")
     kv_memory_bytes: int = Field(1 << 30, ge=1 << 16, description="Memory of the KV pool.")
     max_queue: int = Field(64, ge=1, description="Requests waiting for admission; one more is refused.")
@@ -145,6 +162,15 @@ class PrefillConfig(WorkerSection):
     )
 
 
+class LocalPrefillConfig(Section):
+    kv_memory_bytes: int = Field(
+        256 << 20,
+        ge=0,
+        description="Memory for the exact KV of prompts that a decode worker prefills itself: short ones, and all that "
+        "fit while there is no prefill worker. 0: it prefills nothing. No part of `packlight serve`.",
+    )
+
+
 class DecodeConfig(WorkerSection):
     kv_memory_bytes: int = Field(2 << 30, ge=1 << 16, description="Memory of the KV pool.")
     max_batch: int = Field(16, ge=1, description="Requests that decode together in one step.")
@@ -154,11 +180,20 @@ class DecodeConfig(WorkerSection):
         "`int8`, `int4`, ...), which holds more of it and is decoded at every read.",
     )
     transports: list[str] = Field(
-        ["inproc", "grpc"],
-        description="KV transports this worker accepts, best first; the first both ends know is used.",
+        ["inproc", "shm", "grpc"],
+        description="KV transports this worker accepts, best first: `inproc` (one process), `shm` (processes of one host "
+        "and user that see each other in /proc), `grpc` (always works). The first that both ends can use is used.",
     )
     prefill_timeout_s: float = Field(
         60.0, gt=0, description="Longest silence of a prefill worker before the request is tried elsewhere."
+    )
+    local_prefill: LocalPrefillConfig = LocalPrefillConfig()
+    max_stall_s: float = Field(
+        0.2,
+        gt=0,
+        description="While requests decode, a prefill step on the same cores is cut to what takes this long (four pages "
+        "at least), so that the tokens of an answer come that much later at most. Smaller: smoother; larger: faster "
+        "prefill.",
     )
 
 
@@ -186,6 +221,9 @@ class Config(Section):
     fleet: FleetConfig = FleetConfig()
     log_level: str = Field(
         "info", pattern="^(debug|info|warning|error)$", description="Least severe level that is logged."
+    )
+    log_format: Literal["pretty", "json"] = Field(
+        "pretty", description="`pretty`: lines for people; `json`: an object a line, for a log collector."
     )
 
 

@@ -33,11 +33,13 @@ def page_hashes(token_ids: Sequence[int], page_size: int, *, fingerprint: str, s
     tokens = array("I", token_ids)
     if byteorder == "big":
         tokens.byteswap()
-    data = memoryview(tokens).cast("B")
-    page_bytes = page_size * tokens.itemsize
-    parent, hashes = root_hash(fingerprint, page_size, salt), []
+    data, page_bytes = tokens.tobytes(), page_size * tokens.itemsize
+    # Copying a fresh hasher takes three quarters of the time of setting one up, and every request waits for this.
+    fresh, parent, hashes = hashlib.blake2b(digest_size=HASH_BYTES), root_hash(fingerprint, page_size, salt), []
     for start in range(0, len(data) - page_bytes + 1, page_bytes):
-        parent = hashlib.blake2b(parent + data[start : start + page_bytes], digest_size=HASH_BYTES).digest()
+        hasher = fresh.copy()
+        hasher.update(parent + data[start : start + page_bytes])
+        parent = hasher.digest()
         hashes.append(parent)
     return hashes
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LEAST_SPREAD = 0.05
+"""Sizes that differ by less than this share of their mean say nothing of the part that does not depend on size."""
+
 
 @dataclass(slots=True)
 class Rate:
@@ -24,3 +27,43 @@ class Rate:
     def per_s(self) -> float:
         """0 while nothing was measured."""
         return self.amount / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """A step of n tokens takes `fixed_s + n * token_s`: reading the weights, and computing."""
+
+    fixed_s: float
+    token_s: float
+
+
+class StepTimer:
+    """The pace of recent steps: the least-squares line through their sizes and durations, which fade like a `Rate`'s.
+
+    Where the steps do not tell the two parts apart - all have one size, or noise makes a part negative - all of it is
+    put down to the tokens."""
+
+    def __init__(self, half_life_s: float = 10.0) -> None:
+        self._half_life_s = half_life_s
+        self._num = self._tokens = self._seconds = self._tokens_squared = self._tokens_seconds = 0.0
+
+    def add(self, num_tokens: int, elapsed_s: float) -> None:
+        fade = 0.5 ** (elapsed_s / self._half_life_s)
+        self._num = self._num * fade + 1.0
+        self._tokens = self._tokens * fade + num_tokens
+        self._seconds = self._seconds * fade + elapsed_s
+        self._tokens_squared = self._tokens_squared * fade + num_tokens**2
+        self._tokens_seconds = self._tokens_seconds * fade + num_tokens * elapsed_s
+
+    @property
+    def pace(self) -> Pace | None:
+        """None while nothing was measured."""
+        if self._tokens == 0 or self._seconds == 0:
+            return None
+        mean_tokens, mean_s = self._tokens / self._num, self._seconds / self._num
+        variance = self._tokens_squared / self._num - mean_tokens**2
+        if variance <= (LEAST_SPREAD * mean_tokens) ** 2:
+            return Pace(0.0, mean_s / mean_tokens)
+        token_s = (self._tokens_seconds / self._num - mean_tokens * mean_s) / variance
+        fixed_s = mean_s - token_s * mean_tokens
+        return Pace(fixed_s, token_s) if token_s > 0 and fixed_s > 0 else Pace(0.0, mean_s / mean_tokens)

@@ -50,17 +50,19 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class LayerHeader:
-    """One layer's share: `num_bytes` of payload follow, holding `lengths[head]` tokens of each KV head."""
+    """One layer's share: `num_bytes` of payload, holding `lengths[head]` tokens of each KV head. They follow in chunks,
+    or lie at `offset` of the memory that the transport shares."""
 
     layer: int
     lengths: tuple[int, ...]
     num_bytes: int
     checksum: int
+    offset: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some next bytes of the current layer's payload. Transports that move bytes elsewhere send none."""
+    """Some next bytes of the current layer's payload."""
 
     data: memoryview | bytes
 

@@ -142,7 +142,8 @@ class PrefillRequest:
     """What a decode worker asks of a prefill worker.
 
     Tokens after `num_prompt_tokens` were generated earlier; `banned_token_ids` may not be sampled as the first token
-    (an end that comes before `min_tokens`). `transports` are those the caller can receive by, best first."""
+    (an end that comes before `min_tokens`). `transports` are those the caller can receive by, best first; behind a
+    name, `:` and what its sender needs to know (`transfer/registry.py`)."""
 
     request_id: RequestId
     token_ids: tuple[int, ...]
@@ -279,7 +280,9 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """What a worker says of itself in each heartbeat: enough to predict how long a new request would wait there."""
+    """What a worker says of itself in each heartbeat: enough to predict how long a new request would wait there.
+
+    Prefilling n tokens takes `fixed_s + n / tokens_per_s` of computing; `step_s` is one decode step's. 0 is unknown."""
 
     num_running: int = 0
     num_queued: int = 0
@@ -289,11 +292,26 @@ class WorkerLoad:
     tokens_per_s: float = 0.0
     step_s: float = 0.0
     ship_bytes_per_s: float = 0.0
+    fixed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPrefill:
+    """What a decode worker says of the prompts that it prefills itself, on the cores that it decodes on.
+
+    `worker_id` names it where a prefill worker is named: in requests and in the prefix index. A prompt has
+    `max_tokens` at most; while anything decodes, its chunks take `max_stall_s` each."""
+
+    worker_id: WorkerId
+    max_tokens: int
+    max_stall_s: float
+    load: WorkerLoad = field(default_factory=WorkerLoad)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A live worker. `generation` grows with every restart of the same id, so that old claims can be told apart."""
+    """A live worker. `generation` grows with every restart of the same id, so that old claims can be told apart.
+    `local_prefill` is None unless it is a decode worker that also prefills."""
 
     worker_id: WorkerId
     generation: int
@@ -306,3 +324,4 @@ class WorkerInfo:
     max_context: int = 0
     draining: bool = False
     load: WorkerLoad = field(default_factory=WorkerLoad)
+    local_prefill: LocalPrefill | None = None

@@ -17,6 +17,7 @@ from packlight.core.types import GenerateRequest, PrefillRequest
 from packlight.decode.intake import Intake
 from packlight.decode.memory import DecodeMemory
 from packlight.decode.task import Task
+from packlight.transfer.registry import build_transport
 
 PrefillClients = Callable[[str, str], PrefillClient]
 """(worker id, address) -> client."""
@@ -28,20 +29,22 @@ class Fetcher:
     def __init__(self, config: DecodeConfig, memory: DecodeMemory, compatibility: str, clients: PrefillClients) -> None:
         self._config, self._memory = config, memory
         self._compatibility, self._clients = compatibility, clients
+        self._transports = {name: build_transport(name) for name in config.transports}
 
-    async def fetch(self, task: Task) -> AsyncGenerator[FirstToken | Shipped, None]:
+    async def fetch(self, task: Task) -> AsyncGenerator[Accepted | FirstToken | Shipped, None]:
         """The events the worker cares about; layers are stored as they pass. `Shipped` comes last and only when every
         layer is there. Raises what the prefill worker raised (`worker_id` names it), WorkerLost on silence, or what
         `Intake` raised."""
         request = task.request
-        intake = self._intake(task)
         client = self._clients(request.prefill_id, request.prefill_address)
+        intake = self._intake(task)
         try:
-            async with aclosing(client.prefill(self._prefill_request(request))) as events:
+            async with aclosing(client.prefill(self._prefill_request(request, intake.wishes))) as events:
                 while (event := await self._next(events, request.prefill_id)) is not None:
                     match event:
                         case Accepted():
                             intake.accept(event)
+                            yield event
                         case FirstToken():
                             yield event
                         case Shipped():
@@ -71,12 +74,12 @@ class Fetcher:
             self._memory,
             task.holding,
             compatibility=self._compatibility,
-            transports=tuple(self._config.transports),
+            transports=self._transports,
             pool_codec=self._config.kv_codec,
             max_tokens=len(task.request.token_ids),
         )
 
-    def _prefill_request(self, request: GenerateRequest) -> PrefillRequest:
+    def _prefill_request(self, request: GenerateRequest, transports: tuple[str, ...]) -> PrefillRequest:
         num_resumed = len(request.token_ids) - request.num_prompt_tokens
         return PrefillRequest(
             request_id=request.request_id,
@@ -85,7 +88,7 @@ class Fetcher:
             sampling=request.sampling,
             pack=request.pack,
             cache_salt=request.cache_salt,
-            transports=tuple(self._config.transports),
+            transports=transports,
             banned_token_ids=request.stop.banned(num_resumed),
             deadline_s=request.deadline_s,
         )

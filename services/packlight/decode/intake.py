@@ -7,20 +7,23 @@ the batch, queues or retries. Raises ShipmentIncompatible or ShipmentCorrupt nam
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+
 from packlight.compress.evict import mass_bytes, split_mass
-from packlight.compress.recipes import CODECS
+from packlight.compress.recipes import codec_of
 from packlight.core.errors import ShipmentCorrupt, ShipmentIncompatible
 from packlight.core.shipping import Accepted, Manifest, ShipFrame, Shipped
 from packlight.decode.memory import DecodeMemory, Holding
 from packlight.decode.unpack import Unpacker
-from packlight.transfer.base import KVReceiver, ReceivedLayer
-from packlight.transfer.registry import build_transport
+from packlight.transfer.base import KVReceiver, KVTransport, ReceivedLayer
+from packlight.transfer.registry import wish
 from packlight.wire.manifest import decode_manifest
 
 
 class Intake:
     """One shipment into `holding` of `memory`. `max_tokens` bounds the tokens of one head: the prompt's length.
-    `pool_codec` is the codec that packed KV lies in."""
+    `pool_codec` is the codec that packed KV lies in. Holds what its receivers hold until `release`."""
 
     def __init__(
         self,
@@ -28,15 +31,15 @@ class Intake:
         holding: Holding,
         *,
         compatibility: str,
-        transports: tuple[str, ...],
+        transports: Mapping[str, KVTransport],
         pool_codec: str,
         max_tokens: int,
     ) -> None:
         self._memory, self._holding, self._pool = memory, holding, memory.pool
-        self._compatibility, self._transports, self._pool_codec = compatibility, transports, pool_codec
-        self._max_tokens = max_tokens
+        self._compatibility, self._max_tokens = compatibility, max_tokens
+        self._unpacker = Unpacker(self._pool, codec_of(holding.pack), pool_codec=pool_codec)
+        self._receivers = self._make_receivers(transports)
         self._receiver: KVReceiver | None = None
-        self._unpacker: Unpacker | None = None
         self.num_layers = 0
         self.num_bytes = 0
 
@@ -48,12 +51,12 @@ class Intake:
             )
         manifest = decode_manifest(accepted.manifest)
         self._check(manifest)
-        self._unpacker = unpacker = Unpacker(self._pool, manifest.codec, pool_codec=self._pool_codec)
-        most = unpacker.max_payload_bytes(self._max_tokens)
-        most += mass_bytes(self._holding.pack, [self._max_tokens] * self._pool.num_kv_heads)
-        self._receiver = build_transport(manifest.transport).receiver(
-            num_layers=self._pool.num_layers, max_layer_bytes=most
-        )
+        self._receiver = self._receivers[manifest.transport]
+
+    @property
+    def wishes(self) -> tuple[str, ...]:
+        """The transports to ask for, best first."""
+        return tuple(wish(name, receiver) for name, receiver in self._receivers.items())
 
     def take(self, frame: ShipFrame) -> None:
         if self._receiver is None:
@@ -70,25 +73,36 @@ class Intake:
             )
 
     def release(self) -> None:
-        if self._receiver is not None:
-            self._receiver.release()
+        for receiver in self._receivers.values():
+            receiver.release()
+
+    def _make_receivers(self, transports: Mapping[str, KVTransport]) -> dict[str, KVReceiver]:
+        """Those that this machine has, each ready for any layer that may come: a sender needs to know where."""
+        num_kv_heads = self._pool.num_kv_heads
+        most = self._unpacker.max_payload_bytes(self._max_tokens)
+        most += mass_bytes(self._holding.pack, [self._max_tokens] * num_kv_heads)
+        receivers = {}
+        for name, transport in transports.items():
+            with suppress(ShipmentIncompatible):
+                receivers[name] = transport.receiver(num_layers=self._pool.num_layers, max_layer_bytes=most)
+        return receivers
 
     def _check(self, manifest: Manifest) -> None:
         ours = (self._pool.page_size, self._pool.num_layers, self._pool.num_kv_heads, self._pool.head_dim)
         theirs = (manifest.page_size, manifest.num_layers, manifest.num_kv_heads, manifest.head_dim)
         if ours != theirs:
             raise ShipmentIncompatible(f"the shipment's layout (page, layers, heads, dim) is {theirs}, ours is {ours}")
-        if manifest.transport not in self._transports:
+        if manifest.transport not in self._receivers:
             raise ShipmentIncompatible(
-                f"the shipment comes by {manifest.transport!r}, we take {', '.join(self._transports)}"
+                f"the shipment comes by {manifest.transport!r}, we take {', '.join(self._receivers)}"
             )
-        if manifest.codec not in CODECS:
-            raise ShipmentIncompatible(f"the shipment's codec is {manifest.codec!r}, we know {', '.join(CODECS)}")
+        codec = codec_of(self._holding.pack)
+        if manifest.codec != codec:
+            raise ShipmentIncompatible(f"the shipment's codec is {manifest.codec!r}, we asked for {codec!r}")
         if manifest.num_tokens > self._max_tokens:
             raise ShipmentCorrupt(f"the shipment holds {manifest.num_tokens} tokens of a prompt of {self._max_tokens}")
 
     def _store(self, received: ReceivedLayer) -> None:
-        assert self._unpacker is not None
         layer, lengths, payload = received.layer, received.lengths, received.payload
         if len(lengths) != self._pool.num_kv_heads or not all(0 <= length <= self._max_tokens for length in lengths):
             raise ShipmentCorrupt(f"layer {layer} claims lengths {lengths[:8]} for {self._pool.num_kv_heads} heads")

@@ -123,6 +123,12 @@ class DecodeMemory:
         holding.reading = holding.hitters = None
         holding.arrived = []
 
+    def check_idle(self) -> None:
+        """Raise InternalError unless everything is free. Counters only: `check` takes time that grows with the pool."""
+        num_held, num_reserved = self.book.num_held, self.reservations.num_reserved
+        if num_held or num_reserved:
+            raise InternalError(f"no request is here, yet {num_held} pages are held and {num_reserved} reserved")
+
     def check(self, holdings: Sequence[Holding]) -> None:
         """Raise InternalError unless the books balance when `holdings` are all that are open."""
         self.book.check([self.table.held(holding.row) for holding in holdings])

@@ -47,6 +47,7 @@ class Task:
     fetch: asyncio.Task[None] | None = None
     alarm: asyncio.TimerHandle | None = None
     cancelled: bool = False
+    is_arriving: bool = False  # its last chunk is being computed, or its KV is on its way
 
     @property
     def num_resumed(self) -> int:

@@ -10,6 +10,7 @@ compute thread still reads their pages, and the next step begins by closing them
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -26,7 +27,7 @@ from packlight.core.errors import (
     WorkerError,
 )
 from packlight.core.rate import Rate
-from packlight.core.shipping import FirstToken, Shipped, compatibility_hash
+from packlight.core.shipping import Accepted, FirstToken, Shipped, compatibility_hash
 from packlight.core.types import (
     Failed,
     Finished,
@@ -43,10 +44,12 @@ from packlight.decode.fetch import Fetcher, PrefillClients
 from packlight.decode.memory import DecodeMemory
 from packlight.decode.step import run_step
 from packlight.decode.task import Sink, Stage, Task
-from packlight.engine.compute import Compute
+from packlight.engine.compute import Compute, Decoding
 from packlight.engine.runner import DecodeRunner
+from packlight.telemetry.logs import log_event
 from packlight.telemetry.metrics import DecodeMetrics
 
+log = logging.getLogger(__name__)
 Clock = Callable[[], float]
 
 
@@ -117,7 +120,7 @@ class DecodeWorker:
         while True:
             if not any(task.stage in (Stage.READY, Stage.RUNNING) for task in self._admitted):
                 if not self._admitted:
-                    self.check()
+                    self._memory.check_idle()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -151,18 +154,20 @@ class DecodeWorker:
         if not batch:
             return
         self._memory.grow(task.holding for task in batch)
-        started = self._clock()
         self._stepping = batch
         try:
-            tokens = await self._compute.run(partial(run_step, self._runner, self._memory, batch))
+            ran = await self._compute.decode(partial(run_step, self._runner, self._memory, batch))
         except Exception as error:
             reported = error if isinstance(error, PacklightError) else InternalError(f"decode step failed: {error!r}")
+            answers = " ".join(task.request.request_id for task in batch)
+            log_event(log, logging.ERROR, "step failed", exc_info=error, answers=answers)
             for task in batch:
                 self._fail(task, reported)
             return
         finally:
             self._stepping = []
-        self._commit(batch, tokens, self._clock() - started)
+        self._metrics.observe_stall(ran.waited_s)
+        self._commit(batch, ran.result, ran.took_s)
 
     def _join(self) -> list[Task]:
         """Close what was cancelled during the last step; everything whose pages are here runs."""
@@ -204,7 +209,10 @@ class DecodeWorker:
         try:
             async with aclosing(self._fetcher.fetch(task)) as events:
                 async for event in events:
-                    if isinstance(event, FirstToken):
+                    if isinstance(event, Accepted):
+                        task.is_arriving = True
+                        self._tell_compute()
+                    elif isinstance(event, FirstToken):
                         self._begin(task, event)
                     else:
                         self._become_ready(task, event)
@@ -237,6 +245,7 @@ class DecodeWorker:
         )
         task.sink(Progress(task.request.request_id, usage))
         self._admit()
+        self._tell_compute()
         self._wake.set()
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────
@@ -257,7 +266,8 @@ class DecodeWorker:
             self._metrics.observe_queue(task.timings.decode_queue_s)
             self._admitted.append(task)
             task.fetch = asyncio.create_task(self._fetch(task))
-        self._metrics.set_queue(len(self._queue))
+        oldest_wait_s = self._clock() - self._queue[0].arrived_s if self._queue else 0.0
+        self._metrics.set_queue(len(self._queue), oldest_wait_s)
         self._metrics.set_running(len(self._admitted))
         self._metrics.set_pages(self._memory.book.num_free, self._memory.book.num_held, 0)
 
@@ -297,4 +307,13 @@ class DecodeWorker:
         if task.fetch is not None and task.fetch is not asyncio.current_task():
             task.fetch.cancel()
         self._admit()
+        self._tell_compute()
         self._wake.set()
+
+    def _tell_compute(self) -> None:
+        """Whoever prefills on the same thread makes room for answers that run, or that are about to."""
+        if any(task.stage in (Stage.READY, Stage.RUNNING) for task in self._admitted):
+            self._compute.set_decoding(Decoding.NOW)
+        else:
+            is_soon = any(task.is_arriving for task in self._admitted)
+            self._compute.set_decoding(Decoding.SOON if is_soon else Decoding.NO)

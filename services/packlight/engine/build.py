@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import overload
 
 import torch
 
-from packlight.attention.registry import BACKENDS
+from packlight.attention.base import AttentionBackend
+from packlight.attention.registry import AUTO, BACKENDS, NATIVE, TORCH
 from packlight.compress.recipes import CODECS
 from packlight.core.config import DecodeConfig, KVConfig, ModelConfig, PrefillConfig
 from packlight.core.errors import ConfigError, InvalidRequest
@@ -18,6 +20,9 @@ from packlight.kv.pool import KVPool, PackedPool
 from packlight.models.base import LanguageModel, load_model
 from packlight.models.fake import DECODE_BIAS, PREFILL_BIAS, FakeModel
 from packlight.models.opened import OpenedModel
+from packlight.native.compile import NativeUnavailable
+
+log = logging.getLogger(__name__)
 
 
 def build_model(
@@ -26,7 +31,7 @@ def build_model(
     """The weights on their device. The fake model computes differently by role, so that tests can tell who did."""
     if opened.folder is None:
         return FakeModel(opened.spec, bias=PREFILL_BIAS if role is Role.PREFILL else DECODE_BIAS)
-    return load_model(opened.folder, opened.spec, device=config.device, on_progress=on_progress)
+    return load_model(opened.folder, opened.spec, device=config.device, weights=config.weights, on_progress=on_progress)
 
 
 @overload
@@ -38,12 +43,35 @@ def build_runner(
 ) -> Runner | DecodeRunner:
     """`model` over a pool of `section.kv_memory_bytes`: of exact KV for prefill, of packed KV for decode.
 
-    Raises ConfigError for an unknown backend or codec, or if not one block fits."""
-    backend = BACKENDS.load(section.attention)()
+    Raises ConfigError for an unknown backend or codec, or if not one block fits; NativeUnavailable where the `cpu`
+    backend is asked for by name and cannot be had."""
     where = device if model.spec.name != "fake" else "cpu"
+    backend = build_attention(section.attention, where)
     if isinstance(section, DecodeConfig):
         return DecodeRunner(model, packed_pool(model.spec, where, kv.page_size, section), backend)
     return Runner(model, _exact_pool(model.spec, where, kv.page_size, section.kv_memory_bytes), backend)
+
+
+def build_attention(name: str, device: str) -> AttentionBackend:
+    """The backend `name`; for `auto` the native one on CPUs, or where it cannot be had torch's. Raises ConfigError,
+    NativeUnavailable."""
+    if name not in (AUTO, *BACKENDS):
+        raise ConfigError(f"unknown attention backend {name!r}: choose one of {', '.join((AUTO, *BACKENDS))}")
+    is_cpu = torch.device(device).type == "cpu"
+    if name == NATIVE and not is_cpu:
+        raise ConfigError(f"attention {name!r} computes on CPUs, model.device is {device!r}: choose {AUTO} or {TORCH}")
+    if name != AUTO:
+        return _load_backend(name)
+    try:
+        return _load_backend(NATIVE if is_cpu else TORCH)
+    except NativeUnavailable as error:
+        log.warning("attention by %s, which is slower: %s", TORCH, error.message)
+        return _load_backend(TORCH)
+
+
+def _load_backend(name: str) -> AttentionBackend:
+    backend: AttentionBackend = BACKENDS.load(name)()
+    return backend
 
 
 def packed_pool(spec: ModelSpec, device: str, page_size: int, section: DecodeConfig) -> PackedPool:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from packlight.core.config import Config, WorkerSection
 from packlight.core.errors import StartupError
-from packlight.core.types import ModelSpec, Role, WorkerId, WorkerInfo, WorkerLoad
+from packlight.core.types import LocalPrefill, ModelSpec, Role, WorkerId, WorkerInfo, WorkerLoad
 from packlight.fleet.base import Fleet
 from packlight.fleet.heart import Heart, advertised_address
 from packlight.wire.channel import start_server
@@ -45,7 +45,14 @@ class Identity:
     address: str
 
 
-def describe(identity: Identity, worker: Worker, spec: ModelSpec, page_size: int, revision: str = "") -> WorkerInfo:
+def describe(
+    identity: Identity,
+    worker: Worker,
+    spec: ModelSpec,
+    page_size: int,
+    revision: str = "",
+    local_prefill: LocalPrefill | None = None,
+) -> WorkerInfo:
     """What the worker puts on the fleet's board."""
     return WorkerInfo(
         worker_id=identity.worker_id,
@@ -59,6 +66,7 @@ def describe(identity: Identity, worker: Worker, spec: ModelSpec, page_size: int
         max_context=spec.max_context,
         draining=worker.draining,
         load=worker.load(),
+        local_prefill=local_prefill,
     )
 
 
@@ -104,10 +112,12 @@ class WorkerProcess:
         registry: CollectorRegistry,
         environ: Mapping[str, str],
         also: Callable[[], Awaitable[None]] | None = None,
+        offer: Callable[[], LocalPrefill] | None = None,
     ) -> None:
+        """`also` happens with every heartbeat; `offer` is what a decode worker says of its local prefill."""
         self._config, self._section, self._role, self._worker = config, section, role, worker
         self._handler, self._fleet, self._identity, self._spec = handler, fleet, identity, spec
-        self._registry, self._environ, self._also = registry, environ, also
+        self._registry, self._environ, self._also, self._offer = registry, environ, also, offer
 
     async def serve(
         self, stop: asyncio.Event, on_progress: Callable[[str], None], *beside: Callable[[], Coroutine[Any, Any, None]]
@@ -148,7 +158,9 @@ class WorkerProcess:
         page_size, revision = self._config.kv.page_size, self._environ.get("POD_REVISION", "")
         return Heart(
             self._fleet,
-            lambda: describe(identity, self._worker, self._spec, page_size, revision),
+            lambda: describe(
+                identity, self._worker, self._spec, page_size, revision, self._offer() if self._offer else None
+            ),
             period_s=self._config.fleet.heartbeat_s,
             also=self._also,
         )

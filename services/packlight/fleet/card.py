@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from packlight.core.types import Role, WorkerInfo, WorkerLoad
+from packlight.core.types import LocalPrefill, Role, WorkerInfo, WorkerLoad
 
 VERSION = 1
 
@@ -28,10 +28,17 @@ def decode_worker(text: str | bytes) -> WorkerInfo | None:
         card: dict[str, Any] = json.loads(text)
         if card["v"] != VERSION:
             return None
-        load = WorkerLoad(**_known(card.get("load", {}), WorkerLoad))
-        return WorkerInfo(**{**_known(card, WorkerInfo), "role": Role(card["role"]), "load": load})
+        values = _known(card, WorkerInfo) | {"role": Role(card["role"]), "load": _load(card)}
+        local = card.get("local_prefill")
+        if local is not None:
+            values["local_prefill"] = LocalPrefill(**_known(local, LocalPrefill) | {"load": _load(local)})
+        return WorkerInfo(**values)
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _load(card: Mapping[str, Any]) -> WorkerLoad:
+    return WorkerLoad(**_known(card.get("load", {}), WorkerLoad))
 
 
 def _known(values: Mapping[str, Any], cls: type) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Knows which head pages are coded and which are open. Does not know how records are made (the codec comes in as an
 object) nor who holds which page (`kv/pages.py`).
 
-Legend as in `kv/pool.py`, R bytes of a record. A head page is in one of three states:
+Legend as in `kv/pool.py`, R bytes of a record, O places for open pages. A head page is in one of three states:
 
     empty ──append──▶ open ──append of its last token──▶ coded
       ▲  └─────────write_pages, write_records──────────────┘
@@ -16,8 +16,9 @@ written is exact until its page is full, and what a codec sees is always a whole
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from threading import Lock
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +43,29 @@ class PageCodec(Protocol):
     def encode(self, k_PTD: Tensor, v_PTD: Tensor, pages_per_head: Sequence[int]) -> Tensor: ...
 
     def decode(self, records: Tensor, page_size: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerRecords:
+    """Records of asymmetric integers of `bits`, K with a range per channel and V with one per token and `value_group`
+    channels: the layout of `compress/codecs/kivi.py`, which a kernel may read without the codec."""
+
+    bits: int
+    value_group: int
+
+
+@runtime_checkable
+class IntegerCodec(PageCodec, Protocol):
+    def integer_records(self, head_dim: int) -> IntegerRecords: ...
+
+
+class CodedMemory(NamedTuple):
+    """The tensors of a coded pool, for kernels that read them. `state_N` is an open page's place, else negative."""
+
+    records_NR: Tensor
+    state_N: Tensor
+    k_open_OPD: Tensor
+    v_open_OPD: Tensor
 
 
 class CodedPool:
@@ -106,6 +130,15 @@ class CodedPool:
             dtype=dtype,
             device=device,
         )
+
+    @property
+    def memory(self) -> CodedMemory:
+        return CodedMemory(self._records_NR, self._state_N, self._k_open, self._v_open)
+
+    @property
+    def integer_records(self) -> IntegerRecords | None:
+        """How records are laid out, if they are integers."""
+        return self._codec.integer_records(self.head_dim) if isinstance(self._codec, IntegerCodec) else None
 
     @property
     def num_head_pages(self) -> int:

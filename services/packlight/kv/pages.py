@@ -55,7 +55,8 @@ class PageBook:
         if num_pages > self.num_free:
             raise OutOfPages(f"{num_pages} KV pages wanted, {self.num_free} of {self.num_pages} are free")
         self.num_free -= num_pages
-        pages = self._stack[self.num_free : self.num_free + num_pages].copy()
+        # In rising order, so that a head's pages lie in runs: memory is read faster forwards (docs/benchmarks.md).
+        pages = np.sort(self._stack[self.num_free : self.num_free + num_pages])
         self._refs[pages] = 1
         return pages
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -53,6 +54,32 @@ class PageReader(Protocol):
     def forget(self, row: int) -> None:
         """`row` was closed: drop what is remembered of it. Not an error for a row never seen."""
         ...
+
+
+class PageRating(Enum):
+    """What the scores of the known readers are; `PageRule.num_dims` matters to the second only.
+
+    SUM_OF_BOUNDS: sum over the group of sum_d max(q_d * low_d, q_d * high_d).
+    MASS_OF_REPRESENTATIVES: attention to one representative key per page, in the dims where the group is largest."""
+
+    SUM_OF_BOUNDS = "sum of bounds"
+    MASS_OF_REPRESENTATIVES = "mass of representatives"
+
+
+@dataclass(frozen=True, slots=True)
+class PageRule:
+    """A way to score that can be followed without asking the reader, by a kernel that knows it."""
+
+    rating: PageRating
+    num_dims: int = 0
+
+
+@runtime_checkable
+class RuledReader(PageReader, Protocol):
+    """A reader without memory whose `score` is what `rule` says, up to rounding."""
+
+    @property
+    def rule(self) -> PageRule: ...
 
 
 @dataclass(frozen=True, slots=True)

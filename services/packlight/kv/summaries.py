@@ -28,6 +28,11 @@ class PageSummaries:
         self._empty_E = torch.tensor([torch.inf] * head_dim + [-torch.inf] * head_dim, dtype=dtype, device=device)
         self._head_dim = head_dim
 
+    @property
+    def bounds_NE(self) -> Tensor:
+        """The memory itself, contiguous, for kernels that read and update it: a row per page, low beside high."""
+        return self._bounds_NE
+
     def build(self, pages_X: Tensor, k_XPD: Tensor, num_tokens_X: Tensor) -> None:
         """Summarise whole pages whose first `num_tokens_X` >= 1 slots hold keys; what the rest holds does not matter.
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from packlight.core.config import Weights
 from packlight.core.types import ModelSpec
 from packlight.models.folder import ModelFolder
 
@@ -38,12 +39,23 @@ class LanguageModel(Protocol):
 
 
 def load_model(
-    folder: ModelFolder, spec: ModelSpec, *, device: str, on_progress: Callable[[str], None]
+    folder: ModelFolder,
+    spec: ModelSpec,
+    *,
+    device: str,
+    weights: Weights = Weights.NATIVE,
+    on_progress: Callable[[str], None],
 ) -> LanguageModel:
-    """The model in `folder`, on `device`, in `spec.dtype`, proven to call attention as `spec` says.
+    """The model in `folder`, on `device`, computing in `spec.dtype`, and calling attention as `spec` says.
 
     Raises ModelError for weights that do not fit, or a model that cannot be served exactly."""
-    # Importing transformers takes seconds; those who only name the types above do not pay for it.
+    # Those who only name the types above do not pay for the imports of those who compute.
+    from packlight.models.fused.load import load_fused_model
+
+    fused = load_fused_model(folder, spec, device=device, weights=weights, on_progress=on_progress)
+    if fused is not None:
+        return fused
+    # Importing transformers takes seconds.
     from packlight.models.adapter import load_transformers_model
 
     return load_transformers_model(folder, spec, device=device, on_progress=on_progress)

@@ -32,7 +32,7 @@ def open_model(config: ModelConfig, *, on_progress: Callable[[str], None]) -> Op
     spec = load_spec(
         folder,
         name=config.name or folder.name,
-        dtype=resolve_dtype(config.dtype, config.device),
+        dtype=resolve_dtype(config.dtype, config.device, config.weights),
         max_context=config.max_context,
     )
     return OpenedModel(folder, spec, ChatTokenizer.from_folder(folder))

@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from packlight.core.config import DType
+from packlight.core.config import DType, Weights
 from packlight.core.errors import ModelError
 from packlight.core.types import ModelSpec
 from packlight.models.folder import read_json, sample_file, weight_files
@@ -86,11 +86,18 @@ def sliding_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     return tuple(window if window and _slides(config, layer) else None for layer in range(num_layers))
 
 
-def resolve_dtype(dtype: DType, device: str, *, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The torch name of the dtype to compute in. `auto` is bfloat16 where the device has arithmetic for it."""
+def resolve_dtype(
+    dtype: DType, device: str, weights: Weights = Weights.NATIVE, *, cpuinfo: Path = Path("/proc/cpuinfo")
+) -> str:
+    """The torch name of the dtype to compute in. `auto` is bfloat16 where the device has arithmetic for it, or where
+    weights are quantised: their kernels have."""
     if dtype is not DType.AUTO:
         return dtype.value
-    fast = device.startswith("cuda") or (device == "cpu" and _cpu_computes_in_bfloat16(cpuinfo))
+    fast = (
+        weights is not Weights.NATIVE
+        or device.startswith("cuda")
+        or (device == "cpu" and _cpu_computes_in_bfloat16(cpuinfo))
+    )
     return DType.BFLOAT16.value if fast else DType.FLOAT32.value
 
 

@@ -1,7 +1,8 @@
 """From sources to a shared library, once per machine: what to build, where it is kept, how it is built.
 
 Knows compilers and files. Does not load what it builds. A library's name carries a hash of everything it is made from,
-so a changed source, flag or compiler builds anew and nothing stale is ever loaded.
+so a changed source, flag or compiler builds anew and nothing stale is ever loaded. Where there is no compiler, one that
+any compiler made from the same sources and flags will do.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from packlight.core.errors import StartupError
 from packlight.native.variants import Variant
 
 SOURCES = Path(__file__).parent / "src"
+PREBUILT = Path(__file__).parent / "prebuilt"  # where an image keeps them: it has no compiler
 DEFAULT_CACHE = Path("~/.cache/packlight/native").expanduser()
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: infinities and NaN keep their meaning, because masks are made of them.
@@ -42,12 +44,14 @@ def find_compiler() -> str:
 
 
 def library_path(variant: Variant, compiler: str, cache: Path = DEFAULT_CACHE, *, sanitize: bool = False) -> Path:
-    """Where the library of `variant` is or will be."""
-    digest = sha256(repr((compiler, _version(compiler), _flags(variant, sanitize))).encode())
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    kind = "-sanitized" if sanitize else ""
-    return cache / f"libpacklight-{variant.name}{kind}-{digest.hexdigest()[:16]}.so"
+    """Where the library of `variant`, made by `compiler`, is or will be."""
+    made_by = sha256(repr((compiler, _version(compiler))).encode()).hexdigest()
+    return cache / f"{_made_from(variant, sanitize)}-{made_by[:8]}.so"
+
+
+def find_library(variant: Variant, folder: Path, *, sanitize: bool = False) -> Path | None:
+    """A library of `variant` in `folder` that was made from these sources and flags, by any compiler."""
+    return next(iter(sorted(folder.glob(f"{_made_from(variant, sanitize)}-*.so"))), None)
 
 
 def build(
@@ -57,22 +61,53 @@ def build(
     sanitize: bool = False,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """The library of `variant`, compiled if it is not there yet. Processes that start at once wait for one of them.
+    """The library of `variant`: the one that came with the package, or else compiled if it is not in `cache` yet.
+    Processes that start at once wait for one of them.
 
     Raises NativeUnavailable: no compiler, or one that fails, with the end of what it said."""
-    compiler = find_compiler()
-    path = library_path(variant, compiler, cache, sanitize=sanitize)
+    came_along = find_library(variant, PREBUILT, sanitize=sanitize)
+    if came_along is not None:
+        return came_along
+    try:
+        compiler = find_compiler()
+    except NativeUnavailable:
+        made_before = find_library(variant, cache, sanitize=sanitize)
+        if made_before is None:
+            raise
+        return made_before
+    return compile_into(cache, variant, compiler, sanitize=sanitize, on_progress=on_progress)
+
+
+def compile_into(
+    folder: Path,
+    variant: Variant,
+    compiler: str,
+    *,
+    sanitize: bool = False,
+    on_progress: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """The library of `variant` in `folder`, compiled if it is not there yet. Raises NativeUnavailable."""
+    path = library_path(variant, compiler, folder, sanitize=sanitize)
     if path.exists():
         return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                on_progress(f"compiling the {variant.name} kernels (once; kept in {cache})")
+                on_progress(f"compiling the {variant.name} kernels (once; kept in {folder})")
                 _compile(compiler, _flags(variant, sanitize), path)
     except OSError as error:
-        raise NativeUnavailable(f"{cache} cannot hold the compiled kernels: {error}") from None
+        raise NativeUnavailable(f"{folder} cannot hold the compiled kernels: {error}") from None
     return path
+
+
+def _made_from(variant: Variant, sanitize: bool) -> str:
+    """The part of a library's name that says what it is."""
+    digest = sha256(repr(_flags(variant, sanitize)).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    kind = "-sanitized" if sanitize else ""
+    return f"libpacklight-{variant.name}{kind}-{digest.hexdigest()[:16]}"
 
 
 def _flags(variant: Variant, sanitize: bool) -> tuple[str, ...]:

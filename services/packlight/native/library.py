@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from packlight.native.compile import DEFAULT_CACHE, NativeUnavailable, build
+from packlight.native.compile import DEFAULT_CACHE, PREBUILT, NativeUnavailable, build, find_compiler, find_library
 from packlight.native.variants import Variant, cpu_flags, supported
 
 
@@ -21,6 +21,27 @@ class Library:
 
     variant: Variant
     functions: ctypes.CDLL
+
+
+@dataclass(frozen=True, slots=True)
+class NativeStatus:
+    """`variant` is the best that this CPU runs, `path` its library if there is one by now. `compiler` makes it
+    otherwise; without either `reason` says why there are no kernels."""
+
+    variant: Variant
+    path: Path | None
+    compiler: str | None
+    reason: str | None
+
+
+def status(*, cache: Path = DEFAULT_CACHE) -> NativeStatus:
+    """What `open_library` would do, nothing compiled and nothing loaded."""
+    best = supported(cpu_flags())[0]
+    path = find_library(best, PREBUILT) or find_library(best, cache)
+    try:
+        return NativeStatus(best, path, find_compiler(), None)
+    except NativeUnavailable as error:
+        return NativeStatus(best, path, None, None if path else error.message)
 
 
 def open_library(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from packlight.core.errors import InternalError
 from packlight.kv.pages import PageBook
 from packlight.kv.radix import RadixCache
 from packlight.prefill.inventory import Inventory, NoInventory
@@ -61,6 +62,11 @@ class Blocks:
             self.inventory.stored(task.hashes[:num_full])
         self.book.release(task.blocks)
         task.blocks = task.blocks[:0]
+
+    def check_idle(self) -> None:
+        """Raise InternalError unless nothing is held. A counter only: `check` takes time that grows with the pool."""
+        if self.book.num_held:
+            raise InternalError(f"no request is here, yet {self.book.num_held} blocks are held")
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Verify the books against every task that holds blocks."""

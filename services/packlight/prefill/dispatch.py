@@ -5,34 +5,39 @@ Knows the worker's identity on the wire. Does not know what is selected (`shippe
 
 from __future__ import annotations
 
+from packlight.attention.cpu import CpuAttention
 from packlight.compress.base import Codec
+from packlight.compress.paged_window import DTYPES, PagedWindow
 from packlight.compress.recipes import CODECS, codec_of
 from packlight.compress.select import Selector
 from packlight.core.shipping import Accepted, Manifest, compatibility_hash
-from packlight.core.types import ModelSpec
-from packlight.kv.pool import KVPool
+from packlight.engine.runner import Runner
 from packlight.prefill.shipper import Shipment
 from packlight.prefill.task import Task
-from packlight.transfer.registry import TRANSPORTS, build_transport, choose
+from packlight.transfer.base import KVSender
+from packlight.transfer.registry import TRANSPORTS, build_transport, connect
 from packlight.wire.manifest import encode_manifest
 
 
 class Dispatch:
     """Makes the shipments of one worker. Transports are built once, codecs on first use."""
 
-    def __init__(self, spec: ModelSpec, pool: KVPool) -> None:
-        self._spec, self._pool = spec, pool
+    def __init__(self, runner: Runner) -> None:
+        self._spec, self._pool = spec, pool = runner.model.spec, runner.pool
+        # Who asks for attention without compiled code gets scores without it.
+        library = runner.backend.library if isinstance(runner.backend, CpuAttention) else None
+        self.window = PagedWindow(pool, library) if library is not None and pool.dtype in DTYPES else None
         self._transports = {name: build_transport(name) for name in TRANSPORTS}
         self._codecs: dict[str, Codec] = {}
         self.compatibility = compatibility_hash(spec, pool.page_size, str(pool.dtype))
 
-    def transport_for(self, wanted: tuple[str, ...]) -> str:
-        """Raises ShipmentIncompatible if none of `wanted` is there."""
-        return choose(wanted, tuple(self._transports))
+    def connect(self, wanted: tuple[str, ...]) -> tuple[str, KVSender]:
+        """The best transport of `wanted` that reaches who asks. Raises ShipmentIncompatible if none does."""
+        return connect(wanted, self._transports)
 
     def open(self, task: Task, start: int, context: int) -> Shipment:
         """The shipment of `task`, whose last chunk is rows `start` on of the step, after `context` stored tokens."""
-        task.sender = self._transports[task.transport].sender()
+        assert task.sender is not None, "a task is connected when it is accepted"
         return Shipment(
             pack=task.request.pack,
             anchor=task.anchor,

@@ -12,6 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+LEAST_PAGES = 4
+"""Every step reads all weights. Where that alone takes longer than a step may, smaller steps would keep answers waiting
+as long and the prompt for ever."""
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -41,6 +45,14 @@ def usable_hit(num_cached: int, num_tokens: int, anchor: int, window: int, page_
     """How many of `num_cached` tokens need no computing, in whole pages."""
     usable = min(num_cached, final_start(num_tokens, anchor, window))
     return usable - usable % page_size
+
+
+def step_room(chunk_tokens: int, page_size: int, *, tokens_per_s: float, max_s: float | None) -> int:
+    """How many tokens a step may have: `chunk_tokens`, and with `max_s` no more than take that long at the speed of
+    recent steps. `LEAST_PAGES` at least, which is also what an unknown speed (0) allows: the step measures it."""
+    if max_s is None:
+        return chunk_tokens
+    return min(chunk_tokens, max(LEAST_PAGES * page_size, int(tokens_per_s * max_s)))
 
 
 def plan_step(prompts: Sequence[Progress], *, chunk_tokens: int, max_prompts: int) -> tuple[ChunkPlan, ...]:

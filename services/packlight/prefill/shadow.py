@@ -81,7 +81,7 @@ class Shadows:
         while self._waiting:
             shadow = self._waiting.pop()
             try:
-                divergence = await self._compute.run(partial(compare, self._runner, shadow))
+                divergence = (await self._compute.prefill(partial(compare, self._runner, shadow))).result
                 self._metrics.observe_shadow(shadow.pack.recipe, divergence.kl_nats, divergence.is_same_token)
             except Exception:
                 self._metrics.count_error("ShadowFailed")

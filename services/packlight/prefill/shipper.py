@@ -3,14 +3,15 @@
 Knows one step: which rows of the flat batch are whose window, and where the frames go. Runs on the compute thread, once
 per layer, right after the layer's KV is stored: while the next layer computes, the event loop sends this one.
 
-Legend: T tokens of the step, W window rows, S prompt tokens, P head pages, H query heads, K KV heads, D head dim.
+Legend: T tokens of the step, W window rows, S prompt tokens, X token slots of the pool, P head pages, H query heads,
+K KV heads, D head dim.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from packlight.compress.accumulate import AccumulatedMass
 from packlight.compress.base import Codec, LayerView, Selection
 from packlight.compress.evict import evicts, with_mass
 from packlight.compress.pack import PackedLayer, pack
+from packlight.compress.paged_window import PagedWindow
 from packlight.compress.payload import decode_layer, encode_layer
 from packlight.compress.select import Selector
 from packlight.core.shipping import Shipped
@@ -111,40 +113,58 @@ class Shipper:
     """The layer hook of one prefill step."""
 
     def __init__(
-        self, spec: ModelSpec, pool: KVPool, shipments: Sequence[Shipment], watches: Sequence[Watch] = ()
+        self,
+        spec: ModelSpec,
+        pool: KVPool,
+        shipments: Sequence[Shipment],
+        watches: Sequence[Watch] = (),
+        window: PagedWindow | None = None,
     ) -> None:
-        self._spec, self._pool, self._shipments, self._watches = spec, pool, shipments, watches
+        """Without `window` the window's attention is torch's work."""
+        self._spec, self._pool, self._shipments, self._watches, self._window = spec, pool, shipments, watches, window
+        self._slots = [pool.token_slots(_ids(shipment.blocks, pool.k)) for shipment in shipments]
 
     def __call__(self, layer: int, q_THD: Tensor, scale: float) -> None:
         for watch in self._watches:
             self._accumulate(watch, layer, q_THD, scale)
-        for shipment in self._shipments:
+        for shipment, slots_S in zip(self._shipments, self._slots, strict=True):
             started = time.perf_counter()
-            self._add(shipment, layer, q_THD[shipment.window_rows()], scale)
+            self._add(shipment, slots_S, layer, q_THD[shipment.window_rows()], scale)
             shipment.tally.select_s += time.perf_counter() - started
 
     def _accumulate(self, watch: Watch, layer: int, q_THD: Tensor, scale: float) -> None:
         k_KSD = self._pool.read_keys(layer, _ids(watch.blocks, q_THD), watch.context + watch.num_rows)
         watch.accumulated.add(layer, q_THD[watch.start : watch.start + watch.num_rows], k_KSD, scale)
 
-    def _add(self, shipment: Shipment, layer: int, q_WHD: Tensor, scale: float) -> None:
+    def _add(self, shipment: Shipment, slots_S: Tensor, layer: int, q_WHD: Tensor, scale: float) -> None:
         """Score one layer; send what can be sent by now: it, or nothing yet, or all that waited."""
-        blocks = _ids(shipment.blocks, q_WHD)
-        kv = self._pool.read_blocks(layer, blocks, shipment.num_tokens)
-        view = LayerView(
+        sliding_window = self._spec.sliding_windows[layer]
+        view = self._view(shipment, layer, q_WHD, scale, is_scored=shipment.selector.scores(sliding_window))
+        for ready, selection in shipment.selector.add(view, sliding_window):
+            self._ship(shipment, slots_S, ready, selection)
+
+    def _view(self, shipment: Shipment, layer: int, q_WHD: Tensor, scale: float, *, is_scored: bool) -> LayerView:
+        """What the selection looks at, and no more: keys have D = 0 where nobody does."""
+        pool, blocks = self._pool, _ids(shipment.blocks, self._pool.k)
+        attention, needs_keys = None, is_scored
+        if is_scored and self._window is not None:
+            attention = self._window.attend(layer, q_WHD, blocks, shipment.anchor, scale)
+            needs_keys = shipment.selector.looks_at_keys
+        return LayerView(
             q_WHD=q_WHD,
-            k_KSD=kv[0][:, : shipment.anchor],
+            k_KSD=pool.read_keys(layer, blocks, shipment.anchor)
+            if needs_keys
+            else pool.k.new_empty((pool.num_kv_heads, shipment.anchor, 0)),
             scale=scale,
             layer=layer,
             num_layers=self._spec.num_layers,
+            lse_WH=attention.lse_WH if attention else None,
+            mass_KS=attention.mass_KS if attention else None,
             accumulated_KS=shipment.accumulated.layer(layer) if shipment.accumulated else None,
         )
-        for ready, selection in shipment.selector.add(view, self._spec.sliding_windows[layer]):
-            shown = kv if ready == layer else self._pool.read_blocks(ready, blocks, shipment.num_tokens)
-            self._ship(shipment, ready, selection, *shown)
 
-    def _ship(self, shipment: Shipment, layer: int, selection: Selection, k_KSD: Tensor, v_KSD: Tensor) -> None:
-        packed = pack(k_KSD, v_KSD, selection, self._pool.page_size)
+    def _ship(self, shipment: Shipment, slots_S: Tensor, layer: int, selection: Selection) -> None:
+        packed = self._pack(slots_S, layer, selection)
         payload = encode_layer(shipment.codec, packed).cpu()
         sent = shipment.sent(layer, payload, selection)
         shipment.outbox.put_threadsafe(shipment.sender.frames(layer, packed.lengths, sent))
@@ -156,6 +176,14 @@ class Shipper:
         tally.num_kept += sum(packed.lengths)
         tally.num_grown += selection.num_grown
         tally.mass += selection.retained_mass
+
+    def _pack(self, slots_S: Tensor, layer: int, selection: Selection) -> PackedLayer:
+        """Kept tokens straight out of the pool: what is dropped is not read."""
+        pool, indices = self._pool, selection.indices
+        slots = tuple(slots_S[index_X] + pool.slots_before(layer, head) for head, index_X in enumerate(indices))
+        # Every head may take any slot of the pool, and takes its own.
+        k_KXD, v_KXD = (x_XD.expand(len(slots), -1, -1) for x_XD in (pool.k_slots, pool.v_slots))
+        return pack(k_KXD, v_KXD, replace(selection, indices=slots), pool.page_size)
 
     def _shadow(self, codec: Codec, packed: PackedLayer, payload: Tensor) -> ShadowLayer:
         pool = self._pool

@@ -34,7 +34,7 @@ def run_step(
             shipments.append(dispatch.open(task, start, chunk.start))
             rows.append(_sample_row(task))
         start += chunk.end - chunk.start
-    shipper = Shipper(runner.model.spec, runner.pool, shipments, watches)
+    shipper = Shipper(runner.model.spec, runner.pool, shipments, watches, dispatch.window)
     logits = runner.prefill(works, shipper if shipments or watches else None)
     return sample(logits, rows), shipments
 

@@ -10,6 +10,7 @@ A request is retired when its last layer is packed, when its reader goes away, o
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -20,7 +21,7 @@ from packlight.compress.budget import keeps_all
 from packlight.core.config import PrefillConfig
 from packlight.core.errors import Draining, InternalError, PacklightError, QueueFull, RequestNeverFits
 from packlight.core.hashing import page_hashes
-from packlight.core.rate import Rate
+from packlight.core.rate import Rate, StepTimer
 from packlight.core.shipping import FirstToken, PrefillEvent, Shipped
 from packlight.core.types import PrefillRequest, Token, WorkerLoad
 from packlight.engine.compute import Compute
@@ -28,14 +29,19 @@ from packlight.engine.runner import Runner
 from packlight.prefill.blocks import Blocks
 from packlight.prefill.dispatch import Dispatch
 from packlight.prefill.outbox import Outbox
-from packlight.prefill.scheduler import ChunkPlan, plan_step
+from packlight.prefill.scheduler import ChunkPlan, plan_step, step_room
 from packlight.prefill.shadow import Shadows
 from packlight.prefill.shipper import Shipment
 from packlight.prefill.step import run_step
 from packlight.prefill.task import Stage, Task
+from packlight.telemetry.logs import log_event
 from packlight.telemetry.metrics import PrefillMetrics
 
+log = logging.getLogger(__name__)
 Clock = Callable[[], float]
+
+PACE_HALF_LIFE_S = 1.0
+"""How soon the size of the next step follows the speed of the last ones: attention slows a long prompt down."""
 
 
 class PrefillWorker:
@@ -52,20 +58,25 @@ class PrefillWorker:
     ) -> None:
         self._config, self._runner, self._compute, self._metrics, self._clock = config, runner, compute, metrics, clock
         self.blocks = Blocks(runner.pool.num_blocks, runner.pool.page_size)
-        self._dispatch = Dispatch(runner.model.spec, runner.pool)
+        self._dispatch = Dispatch(runner)
         self._shadows = Shadows(config.shadow_ratio, runner, compute, self.blocks.book, metrics)
         self._queue: list[Task] = []
         self._admitted: list[Task] = []
         self._shipping: set[Task] = set()
         self._wake = asyncio.Event()
-        self._prefilled, self._shipped = Rate(), Rate()
-        self.draining = False
+        self._timer, self._recent, self._shipped = StepTimer(), Rate(PACE_HALF_LIFE_S), Rate()
+        self._is_warm = self.draining = False
 
     # ── the public side ──────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def compatibility(self) -> str:
         return self._dispatch.compatibility
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest prompt that the pool holds."""
+        return self.blocks.book.num_pages * self._runner.pool.page_size
 
     async def prefill(self, request: PrefillRequest) -> AsyncGenerator[PrefillEvent, None]:
         """The events of one request, see `core/shipping.py`. Closing the iterator cancels the rest of the work.
@@ -83,21 +94,22 @@ class PrefillWorker:
         """Step for ever. A step that raises fails its requests, not the worker; books that do not balance end it."""
         while True:
             if not self._queue and not self._admitted:
-                self.check()
+                self.blocks.check_idle()
                 self._wake.clear()
                 await self._wake.wait()
             await self._step()
 
     def load(self) -> WorkerLoad:
-        waiting = [*self._queue, *self._admitted]
+        waiting, pace = [*self._queue, *self._admitted], self._timer.pace
         return WorkerLoad(
             num_running=len(self._admitted) + len(self._shipping),
             num_queued=len(self._queue),
             num_queued_tokens=sum(task.num_tokens - task.num_done for task in waiting),
             num_free_pages=self.blocks.num_available,
             num_total_pages=self.blocks.book.num_pages,
-            tokens_per_s=self._prefilled.per_s,
+            tokens_per_s=1.0 / pace.token_s if pace else 0.0,
             ship_bytes_per_s=self._shipped.per_s,
+            fixed_s=pace.fixed_s if pace else 0.0,
         )
 
     def drain(self) -> None:
@@ -119,7 +131,7 @@ class PrefillWorker:
         self._admit()
         plan = plan_step(
             [task.progress() for task in self._admitted],
-            chunk_tokens=self._config.chunk_tokens,
+            chunk_tokens=self._room(),
             max_prompts=self._config.max_prompts,
         )
         if not plan:
@@ -127,15 +139,22 @@ class PrefillWorker:
             await self._wake.wait()
             return
         tasks = [self._admitted[chunk.index] for chunk in plan]
-        started = self._clock()
         try:
-            tokens, shipments = await self._compute.run(partial(run_step, self._runner, self._dispatch, plan, tasks))
+            ran = await self._compute.prefill(partial(run_step, self._runner, self._dispatch, plan, tasks))
         except Exception as error:
             self._fail(tasks, error)
             return
-        self._measure(plan, self._clock() - started)
-        self._commit(plan, tasks, tokens, shipments)
+        self._measure(plan, ran.took_s)
+        self._commit(plan, tasks, *ran.result)
         await self._shadows.compare_all()
+
+    def _room(self) -> int:
+        return step_room(
+            self._config.chunk_tokens,
+            self._runner.pool.page_size,
+            tokens_per_s=self._recent.per_s,
+            max_s=self._compute.max_prefill_s,
+        )
 
     def _drop_cancelled(self) -> None:
         for task in [task for task in self._admitted if task.cancelled]:
@@ -153,7 +172,8 @@ class PrefillWorker:
         self._show_state()
 
     def _show_state(self) -> None:
-        self._metrics.set_queue(len(self._queue))
+        oldest_wait_s = self._clock() - self._queue[0].arrived_s if self._queue else 0.0
+        self._metrics.set_queue(len(self._queue), oldest_wait_s)
         self._metrics.set_running(len(self._admitted) + len(self._shipping))
         book = self.blocks.book
         self._metrics.set_pages(book.num_free, book.num_held, book.num_cached)
@@ -212,6 +232,8 @@ class PrefillWorker:
     def _fail(self, tasks: Sequence[Task], error: Exception) -> None:
         """A step raised: its requests end with an error. What earlier steps stored stays in the cache."""
         reported = error if isinstance(error, PacklightError) else InternalError(f"prefill step failed: {error!r}")
+        answers = " ".join(task.request.request_id for task in tasks)
+        log_event(log, logging.ERROR, "step failed", exc_info=error, answers=answers)
         for task in tasks:
             if not task.cancelled:  # nobody listens; the next step begins by retiring it
                 self._count_failure(reported)
@@ -227,6 +249,7 @@ class PrefillWorker:
             self._metrics.count_request("refused")
             raise
         spec, pool = self._runner.model.spec, self._runner.pool
+        transport, sender = self._dispatch.connect(request.transports)
         task = Task(
             request=request,
             hashes=page_hashes(
@@ -234,11 +257,13 @@ class PrefillWorker:
             ),
             outbox=Outbox(),
             arrived_s=self._clock(),
-            transport=self._dispatch.transport_for(request.transports),
+            transport=transport,
+            sender=sender,
             window=1 if keeps_all(request.pack, request.num_prompt_tokens) else request.pack.window,
             has_shadow=self._shadows.wants(request),
         )
         self._queue.append(task)
+        self._show_state()
         self._wake.set()
         return task
 
@@ -266,6 +291,8 @@ class PrefillWorker:
                 self._queue.remove(task)
             self._close(task)
         self._shipped.add(task.outbox.sent.amount, task.outbox.sent.elapsed_s)
+        if task.outbox.is_complete:
+            self._metrics.observe_shipping(task.transport, task.outbox.time.busy_s, task.outbox.time.exposed_s)
         self._wake.set()
 
     def _close(self, task: Task) -> None:
@@ -294,4 +321,7 @@ class PrefillWorker:
     def _measure(self, plan: Sequence[ChunkPlan], elapsed_s: float) -> None:
         num_tokens = sum(chunk.end - chunk.start for chunk in plan)
         self._metrics.observe_step(len(plan), num_tokens, elapsed_s)
-        self._prefilled.add(num_tokens, elapsed_s)
+        self._recent.add(num_tokens, elapsed_s)
+        if self._is_warm:  # what the first step of a process takes says nothing of the next
+            self._timer.add(num_tokens, elapsed_s)
+        self._is_warm = True

@@ -59,7 +59,7 @@ class RedisPrefixIndex:
         if not hashes:
             return {}
         try:
-            reply = await self._link.run(self._match, _keys(fingerprint), [b"".join(hashes)])
+            reply = await self._link.run(self._match, index_keys(fingerprint), [b"".join(hashes)])
         except RedisAway:
             return {}
         return {worker.decode(): num_pages for worker, num_pages in zip(reply[::2], reply[1::2], strict=True)}
@@ -72,7 +72,7 @@ class RedisPrefixIndex:
 
     async def drop_worker(self, fingerprint: str, worker_id: WorkerId, generation: int) -> None:
         try:
-            await self._link.run(self._drop, _keys(fingerprint), [worker_id, generation])
+            await self._link.run(self._drop, index_keys(fingerprint), [worker_id, generation])
         except RedisAway:
             self._num_dropped += 1
 
@@ -91,7 +91,7 @@ class RedisPrefixIndex:
             token, enrolment.token = enrolment.token, b""
             try:
                 who = (holder.worker_id, holder.generation, token)
-                reply: bytes | None = await self._link.run(script, _keys(fingerprint), [*who, *args])
+                reply: bytes | None = await self._link.run(script, index_keys(fingerprint), [*who, *args])
             except RedisAway:
                 self._num_dropped += 1
                 return enrolment.epoch
@@ -101,7 +101,8 @@ class RedisPrefixIndex:
             return enrolment.epoch
 
 
-def _keys(fingerprint: str) -> list[str]:
+def index_keys(fingerprint: str) -> list[str]:
+    """All that the index keeps of one model."""
     tag = quote(fingerprint, safe="")  # a brace would end the hash tag early
     return [f"packlight:prefix:{{{tag}}}:{part}" for part in ("meta", "edges", "claims", "lru")]
 

@@ -22,7 +22,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from packlight.core.config import RouterConfig
-from packlight.core.errors import Cancelled, DeadlineExceeded
+from packlight.core.errors import Cancelled, DeadlineExceeded, Draining
 from packlight.core.types import ModelSpec
 from packlight.router.answer import Envelope, StreamedAnswer, WholeAnswer, system_fingerprint
 from packlight.router.choice import Choice
@@ -37,6 +37,7 @@ from packlight.router.service import Backend, ServedModel
 from packlight.router.sse import Reply
 from packlight.router.usage import num_cached_tokens, usage_report
 from packlight.router.validate import warning_header
+from packlight.telemetry.logs import log_event
 from packlight.telemetry.metrics import RouterMetrics
 
 _log = logging.getLogger(__name__)
@@ -101,11 +102,17 @@ class _Exchange:
         with self._services.gate.enter() as slot:
             try:
                 async with asyncio.timeout(self._services.config.request_timeout_s) as deadline:
+                    slot.ends_with(deadline)
                     data = await read_body(self._scope, self._receive, self._services.config.max_body_bytes)
                     await until_disconnect(self._answer(data, slot), self._receive)
             except TimeoutError:
                 if not deadline.expired():
                     raise
+                if slot.is_given_up:
+                    raise Draining(
+                        "This server is shutting down and could not wait for the whole answer. Please try again: "
+                        "another one will answer."
+                    ) from None
                 raise DeadlineExceeded(
                     f"The answer was not complete after {self._services.config.request_timeout_s:g} s, the longest "
                     "this server allows."
@@ -153,11 +160,11 @@ class _Exchange:
         problem = problem_of(error)
         self._error = problem.kind
         self._services.metrics.count_error(problem.kind)
-        log_problem(problem, error, self._request_id)
+        log_problem(problem, error, self._request_id, self._answer_id)
         try:
             await self._reply.fail(problem)
         except Exception as unsent:
-            _log.debug("request %s: its error could not be sent: %r", self._request_id, unsent)
+            log_event(_log, logging.DEBUG, "error not sent", request=self._request_id, reason=repr(unsent))
         return problem.outcome
 
     def _envelope(self) -> Envelope:
@@ -185,18 +192,19 @@ class _Exchange:
             observe_choice(self._services.metrics, choice, self._started_at)
         self._services.metrics.count_cached(num_cached_tokens(self._choices, self._num_samples))
         self._services.metrics.request_ended(self._dialect.name, outcome, seconds)
-        _log.info(
-            "%s request=%s answer=%s retry=%s outcome=%s status=%d error=%s prompt=%d generated=%d seconds=%.3f",
+        log_event(
+            _log,
+            logging.INFO,
             self._dialect.name,
-            self._request_id,
-            self._answer_id,
-            _retry_count(self._scope),
-            outcome,
-            self._reply.status or Cancelled.http_status,
-            self._error,
-            sum(choice.request.num_prompt_tokens for choice in self._choices),
-            sum(choice.num_generated for choice in self._choices),
-            seconds,
+            request=self._request_id,
+            answer=self._answer_id,
+            retry=_retry_count(self._scope),
+            outcome=outcome.value,
+            status=self._reply.status or Cancelled.http_status,
+            error=self._error,
+            prompt=sum(choice.request.num_prompt_tokens for choice in self._choices),
+            generated=sum(choice.num_generated for choice in self._choices),
+            seconds=round(seconds, 3),
         )
 
 

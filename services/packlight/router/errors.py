@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from packlight.core.errors import Cancelled, CapacityError, DeadlineExceeded, PacklightError, RequestError, WorkerError
+from packlight.telemetry.logs import log_event
 
 _log = logging.getLogger(__name__)
 
@@ -95,11 +96,20 @@ def problem_of(error: Exception) -> Problem:
     return Problem(type(error).__name__, Outcome.FAILED, 500, "server_error", "internal_error", _OUR_BUG)
 
 
-def log_problem(problem: Problem, error: Exception, request_id: str) -> None:
+def log_problem(problem: Problem, error: Exception, request_id: str, answer_id: str = "-") -> None:
     """Say what the client is not told. A bug is logged with its traceback, a failed worker with its message."""
     if problem.outcome is Outcome.FAILED:
         is_bug = not isinstance(error, WorkerError)
-        _log.error("request %s failed: %s: %s", request_id, problem.kind, error, exc_info=error if is_bug else None)
+        log_event(
+            _log,
+            logging.ERROR,
+            "request failed",
+            exc_info=error if is_bug else None,
+            request=request_id,
+            answer=answer_id,
+            error=problem.kind,
+            reason=error,
+        )
 
 
 async def answer_problem(_: Request, error: Exception) -> JSONResponse:

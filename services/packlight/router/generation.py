@@ -27,8 +27,11 @@ class Generation:
         self._backend = backend
         self._choices = choices
         self._clock = clock
-        self._queue: asyncio.Queue[Delta | Exception] = asyncio.Queue(_QUEUED_DELTAS * len(choices))
+        self._queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_QUEUED_DELTAS * len(choices))
         self._tasks: list[asyncio.Task[None]] = []
+        self._loop = asyncio.get_running_loop()
+        self._ticker: asyncio.TimerHandle | None = None
+        self._last_delta_at = 0.0
         self._left = False
 
     async def __aenter__(self) -> Self:
@@ -37,6 +40,8 @@ class Generation:
 
     async def __aexit__(self, *_: object) -> None:
         self._left = True
+        if self._ticker is not None:
+            self._ticker.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -45,21 +50,26 @@ class Generation:
         """The deltas of all choices as they come, until every choice has its finish reason; None after each `idle_s`
         seconds without one. Raises what the backend raised, or the error of its `Failed` event."""
         num_unfinished = len(self._choices)
+        if idle_s is not None:
+            self._last_delta_at = self._loop.time()
+            self._tick(idle_s)
         while num_unfinished:
-            item = await self._next(idle_s)
+            item = await self._queue.get()
             if isinstance(item, Exception):
                 raise item
+            self._last_delta_at = self._loop.time()
             num_unfinished -= item is not None and item.finish_reason is not None
             yield item
 
-    async def _next(self, idle_s: float | None) -> Delta | Exception | None:
-        if not self._queue.empty():
-            return self._queue.get_nowait()
-        try:
-            async with asyncio.timeout(idle_s):
-                return await self._queue.get()
-        except TimeoutError:
-            return None
+    def _tick(self, idle_s: float) -> None:
+        """Say None if it was silent for `idle_s`, and look again when that may next be so. One timer for the whole
+        answer, as one for every token is felt."""
+        due_at = self._last_delta_at + idle_s
+        if due_at <= self._loop.time():
+            if self._queue.empty():
+                self._queue.put_nowait(None)
+            due_at = self._loop.time() + idle_s
+        self._ticker = self._loop.call_at(due_at, self._tick, idle_s)
 
     async def _pump(self, choice: Choice) -> None:
         try:

@@ -26,6 +26,7 @@ class Gate:
         self.draining = False
         self._clock = clock
         self._mean_stay_s = 1.0
+        self._slots: set[Slot] = set()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -34,11 +35,18 @@ class Gate:
         if self.draining:
             raise Draining("This server is shutting down. Please try again: another one will answer.")
         self._take(1)
-        return Slot(self, self._clock())
+        slot = Slot(self, self._clock())
+        self._slots.add(slot)
+        return slot
 
     def drain(self) -> None:
         """Admit nobody from now on. Those inside finish."""
         self.draining = True
+
+    def give_up(self) -> None:
+        """End those inside: there is no more time."""
+        for slot in self._slots:
+            slot._give_up()
 
     async def drained(self) -> None:
         """Returns when nobody is inside."""
@@ -57,7 +65,8 @@ class Gate:
         self.num_inside += num
         self._empty.clear()
 
-    def _leave(self, num: int, stay_s: float) -> None:
+    def _leave(self, slot: Slot, num: int, stay_s: float) -> None:
+        self._slots.discard(slot)
         self.num_inside -= num
         self._mean_stay_s += _SMOOTHING * (stay_s - self._mean_stay_s)
         if self.num_inside == 0:
@@ -71,14 +80,25 @@ class Slot:
         self._gate = gate
         self._entered_at = entered_at
         self._num = 1
+        self._deadline: asyncio.Timeout | None = None
+        self.is_given_up = False
 
     def grow(self, num: int) -> None:
         """Hold `num` places. Raises QueueFull, and holds what it held."""
         self._gate._take(num - self._num)
         self._num = num
 
+    def ends_with(self, deadline: asyncio.Timeout) -> None:
+        """What the request runs under: it expires early when the gate gives up on those inside."""
+        self._deadline = deadline
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._gate._leave(self._num, self._gate._clock() - self._entered_at)
+        self._gate._leave(self, self._num, self._gate._clock() - self._entered_at)
+
+    def _give_up(self) -> None:
+        self.is_given_up = True
+        if self._deadline is not None and not self._deadline.expired():
+            self._deadline.reschedule(0.0)

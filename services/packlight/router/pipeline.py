@@ -40,6 +40,7 @@ from packlight.prefix.base import PrefixIndex
 from packlight.router.clients import DecodeClients
 from packlight.router.placement import Demand, Outlook, Pair, place
 from packlight.router.service import BackendEvent, Decided, Readiness
+from packlight.telemetry.logs import log_event
 from packlight.telemetry.metrics import RouterMetrics
 
 log = logging.getLogger(__name__)
@@ -121,9 +122,10 @@ class Pipeline:
         self._sent = Sent()
 
     def readiness(self) -> Readiness:
-        """Ready when a compatible pair of workers is alive."""
+        """Ready when a compatible pair of workers is alive, or a decode worker that prefills itself."""
         workers = [worker for worker in self._workers() if not worker.draining]
         hashes = [{w.compatibility for w in workers if w.role is role} for role in Role]
+        can_serve = bool(hashes[0] & hashes[1]) or any(worker.local_prefill for worker in workers)
         counts = {role.value: sum(worker.role is role for worker in workers) for role in Role}
         for role, num in counts.items():
             self._metrics.set_workers(role, num)
@@ -133,7 +135,7 @@ class Pipeline:
             "prefix_index": "available" if self._index.available else "away: placing by load alone",
             "fleet_registry": "available" if self._view.available else "away: using the last known workers",
         }
-        return Readiness(bool(hashes[0] & hashes[1]), details)
+        return Readiness(can_serve, details)
 
     async def generate(self, request: GenerateRequest, plan: Plan | None = None) -> AsyncGenerator[BackendEvent, None]:
         """The events of one answer, whatever number of workers it takes. When no worker is left to try, the error of
@@ -165,7 +167,15 @@ class Pipeline:
                     yield replace(so_far.add(event), request_id=request.request_id)
                 else:
                     return
-            log.warning("%s: attempt %d failed: %s", request.request_id, attempt + 1, error.message)
+            log_event(
+                log,
+                logging.WARNING,
+                "attempt failed",
+                answer=now.request_id,
+                worker=error.worker_id,
+                error=type(error).__name__,
+                reason=error.message,
+            )
             avoid |= {self._blame(error, pair)}
             if not error.retryable or so_far.finished(request):
                 break
@@ -187,17 +197,29 @@ class Pipeline:
         workers = self._workers()
         matched = await self._match(request, workers) if plan.looks_at_cache(request.num_prompt_tokens) else {}
         outlook = Outlook(matched, self._sent.tokens, self._sent.requests)
-        pair = place(workers, self._demand(request, workers), outlook, avoid=avoid, random=self._random)
+        pair = self._choose(workers, self._demand(request, workers), outlook, avoid)
         self._metrics.observe_route(self._clock() - started)
+        self._metrics.count_placement(pair.where, pair.reason)
         return pair
+
+    def _choose(
+        self, workers: tuple[WorkerInfo, ...], demand: Demand, outlook: Outlook, avoid: frozenset[WorkerId]
+    ) -> Pair:
+        """Suspects are tried when nobody else can serve the request."""
+        trusted = [worker for worker in workers if not self._view.is_suspect(worker)]
+        try:
+            return place(trusted, demand, outlook, avoid=avoid, random=self._random)
+        except NoWorker:
+            return place(workers, demand, outlook, avoid=avoid, random=self._random)
 
     def _workers(self) -> tuple[WorkerInfo, ...]:
         """Asked role by role: suspects are passed over only if somebody of their own role is left."""
         return self._view.workers(Role.PREFILL) + self._view.workers(Role.DECODE)
 
     async def _match(self, request: GenerateRequest, workers: tuple[WorkerInfo, ...]) -> dict[WorkerId, int]:
-        """Pages of the prompt that each prefill worker holds. One look-up per kind of model in the fleet: one."""
-        kinds = {(worker.fingerprint, worker.page_size) for worker in workers if worker.role is Role.PREFILL}
+        """Pages of the prompt that each worker holds. One look-up per kind of model in the fleet: one."""
+        prefilling = [worker for worker in workers if worker.role is Role.PREFILL or worker.local_prefill]
+        kinds = {(worker.fingerprint, worker.page_size) for worker in prefilling}
         matched: dict[WorkerId, int] = {}
         for fingerprint, page_size in sorted(kinds):
             hashes = page_hashes(request.token_ids, page_size, fingerprint=fingerprint, salt=request.cache_salt)
@@ -210,7 +232,8 @@ class Pipeline:
         num_pages = max_pages(
             request.pack, self._spec, request.num_prompt_tokens, page_size, num_new_tokens=request.stop.max_tokens
         )
-        prompt_pages = max_pages(request.pack, self._spec, request.num_prompt_tokens, page_size)
+        num_heads = self._spec.num_layers * self._spec.num_kv_heads
+        prompt_pages = num_pages - num_heads * (request.stop.max_tokens // page_size)
         itemsize = 4 if self._spec.dtype == "float32" else 2
         return Demand(
             num_tokens=len(request.token_ids),
@@ -223,11 +246,16 @@ class Pipeline:
         request = replace(request, prefill_id=pair.prefill.worker_id, prefill_address=pair.prefill.address)
         num_cached = pair.num_cached_tokens if uses_cache(request.pack, request.num_prompt_tokens) else 0
         prefilling = self._sent.prefilling(pair.prefill.worker_id, len(request.token_ids) - num_cached)
+        started, has_begun = self._clock(), False
         with prefilling as prefilled, self._sent.decoding(pair.decode.worker_id):
             try:
                 async with aclosing(self._clients.get(pair.decode).generate(request)) as events:
                     async for event in events:
-                        prefilled()
+                        if not has_begun:
+                            has_begun = True
+                            prefilled()
+                            if not isinstance(event, Failed):
+                                self._metrics.observe_prediction(pair.where, pair.ttft_s, self._clock() - started)
                         yield event
             except PacklightError as error:
                 error.worker_id = error.worker_id or pair.decode.worker_id

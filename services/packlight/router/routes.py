@@ -45,7 +45,7 @@ def read_only_routes(services: Services) -> APIRouter:
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         services.metrics.set_draining(services.gate.draining)
-        services.backend.readiness()  # refreshes the gauges of the fleet
+        services.metrics.set_ready(_health(services)["ready"])  # and, on the way, the gauges of the fleet
         return Response(encode(services.metrics.registry), media_type=content_type)
 
     return router

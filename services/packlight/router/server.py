@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,9 +23,14 @@ from packlight.models.opened import open_model
 from packlight.prefix.registry import build_index
 from packlight.router.app import build_app
 from packlight.router.clients import GrpcDecodeClients
+from packlight.router.limits import Gate
 from packlight.router.pipeline import Pipeline
 from packlight.router.service import ServedModel
 from packlight.telemetry.metrics import RouterMetrics
+
+log = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 1.0
 
 
 class HttpServer(uvicorn.Server):
@@ -48,7 +54,8 @@ def listen(config: RouterConfig) -> socket.socket:
 
 
 async def serve_http(app: FastAPI, config: RouterConfig, bound: socket.socket, stop: asyncio.Event) -> None:
-    """Serve until `stop`, then refuse new requests, let running ones end for `drain_s`, and return."""
+    """Serve until `stop`, then refuse new requests, let running ones end for `drain_s`, and return. Those that have not
+    ended by then end with an error."""
     server = HttpServer(
         uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
     )
@@ -57,14 +64,22 @@ async def serve_http(app: FastAPI, config: RouterConfig, bound: socket.socket, s
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if not serving.done():
-        app.state.gate.drain()
-        try:
-            async with asyncio.timeout(config.drain_s):
-                await app.state.gate.drained()
-        except TimeoutError:
-            pass
+        await _drain(app.state.gate, config.drain_s)
         server.should_exit = True
     await serving
+
+
+async def _drain(gate: Gate, drain_s: float) -> None:
+    gate.drain()
+    try:
+        async with asyncio.timeout(drain_s):
+            await gate.drained()
+    except TimeoutError:
+        log.warning("giving up %d requests after %g s", gate.num_inside, drain_s)
+        gate.give_up()
+        with suppress(TimeoutError):  # a client that reads nothing cannot be told
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await gate.drained()
 
 
 def base_url(bound: socket.socket) -> str:
@@ -93,7 +108,8 @@ async def serve(
     clients = GrpcDecodeClients()
 
     async def forget(worker: WorkerInfo) -> None:
-        await index.drop_worker(worker.fingerprint, worker.worker_id, worker.generation)
+        holder = worker.local_prefill or worker
+        await index.drop_worker(worker.fingerprint, holder.worker_id, worker.generation)
         await clients.forget(worker)
 
     view = FleetView(

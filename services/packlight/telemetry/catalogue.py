@@ -53,6 +53,7 @@ GROWN = (0.0, *TOKENS)
 BATCH = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)
 RATIO = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 128.0)
 SHARE = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
+ERROR = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 NATS = (1e-5, 1e-4, 1e-3, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 SHIPMENT = (
@@ -67,6 +68,7 @@ WORKER = (
     _counter("errors", "Errors by class.", "type"),
     _gauge("pages", "KV pages by state: free, held, cached.", "state"),
     _gauge("queued_requests", "Requests waiting for admission."),
+    _gauge("oldest_queued_timestamp_seconds", "Unix time at which the request that waits longest came; 0: none waits."),
     _gauge("running_requests", "Requests admitted and unfinished."),
     _histogram("queue_seconds", PHASE_S, "Time from arrival to admission."),
     _histogram("step_seconds", STEP_S, "Duration of one step."),
@@ -84,6 +86,17 @@ ROUTER = (
         "Its parts: prepare, route, decode_queue, prefill_queue, prefill, select, transfer, first_step.",
         "part",
     ),
+    _counter(
+        "placements",
+        "Attempts placed, by who prefills: `remote`, or `local` to the decode worker; and by why.",
+        *("prefill", "reason"),
+    ),
+    _histogram(
+        "first_token_prediction_ratio",
+        ERROR,
+        "Time from placement to the first token, over the time that was predicted.",
+        "prefill",
+    ),
     _histogram("time_per_output_token_seconds", STEP_S, "Mean time between the tokens of a choice, after the first."),
     _counter("prompt_tokens", "Prompt tokens, once per prompt."),
     _counter("cached_prompt_tokens", "Prompt tokens found in a prefix cache."),
@@ -91,7 +104,8 @@ ROUTER = (
     _counter("auto_recipes", "Choices whose recipe the policy chose, by recipe.", "recipe"),
     _histogram("grown_tokens", GROWN, "Tokens kept per KV head beyond the budget, to hold the mass floor.", "recipe"),
     _counter("ignored_parameters", "Unknown request parameters that were ignored."),
-    _gauge("workers", "Live workers.", "role"),
+    _gauge("workers", "Live workers that take new requests.", "role"),
+    _gauge("ready", "1 when a new request would be served: workers that can are alive, and no drain."),
     _gauge("index_available", "1 when the prefix index answers, 0 when requests are placed without it."),
     _gauge("draining", "1 when no new requests are taken."),
 )
@@ -100,6 +114,13 @@ PREFILL = (
     _counter("cached_prompt_tokens", "Prompt tokens found in this worker's prefix cache."),
     _histogram("prefill_seconds", PHASE_S, "Time from admission to the end of the last chunk."),
     _histogram("select_seconds", PHASE_S, "Time spent on scoring, selecting and packing one prompt."),
+    _histogram("ship_seconds", PHASE_S, "Time spent on passing one prompt's KV on, by transport.", "transport"),
+    _histogram(
+        "ship_exposed_seconds",
+        PHASE_S,
+        "Of that, after the prompt was computed: what computing did not hide.",
+        "transport",
+    ),
     _histogram("shadow_kl_nats", NATS, "Divergence of the next token's distribution, exact from packed KV.", "recipe"),
     _counter("shadow_tokens", "Sampled requests, by whether packed KV has the same likeliest token.", "recipe", "same"),
     _histogram("step_tokens", TOKENS, "Tokens prefilled in one step."),
@@ -107,7 +128,6 @@ PREFILL = (
 )
 DECODE = (
     _counter("generated_tokens", "Tokens generated here."),
-    _counter("local_prefills", "Prompts prefilled here instead of on a prefill worker, by reason.", "reason"),
     _histogram("batch_size", BATCH, "Requests in one step."),
     _histogram(
         "transfer_seconds",
@@ -117,6 +137,7 @@ DECODE = (
     _histogram(
         "first_step_seconds", PHASE_S, "Time from the last page's arrival to the second token, the first made here."
     ),
+    _histogram("stall_seconds", PHASE_S, "Time a decode step waited for a prefill step on the same cores."),
 )
 
 CATALOGUE: Mapping[str, tuple[Metric, ...]] = MappingProxyType(

@@ -6,10 +6,13 @@ in one process have two, or share one, as their names differ by role.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from packlight.core.errors import error_classes
 from packlight.core.types import KVUsage, Timings
 from packlight.telemetry.catalogue import CATALOGUE, full_name
 
@@ -25,6 +28,15 @@ class _Instruments:
 
     def counter(self, name: str) -> Counter:
         return self._make(name, Counter)
+
+    def errors(self, name: str, *, retryable_only: bool = False) -> Counter:
+        """A counter by class of error, of which every class is there from the start: `increase()` does not see the
+        first event of a series that begins with it, and some errors must not happen even once unnoticed."""
+        counter = self.counter(name)
+        for type, cls in error_classes().items():
+            if cls.retryable or not retryable_only:
+                counter.labels(type)
+        return counter
 
     def gauge(self, name: str) -> Gauge:
         return self._make(name, Gauge)
@@ -67,11 +79,13 @@ class RouterMetrics:
         self._requests = made.counter("requests")
         self._inflight = made.gauge("inflight_requests")
         self._request_s = made.histogram("request_seconds")
-        self._errors = made.counter("errors")
-        self._retries = made.counter("retries")
+        self._errors = made.errors("errors")
+        self._retries = made.errors("retries", retryable_only=True)
         self._first_token_s = made.histogram("time_to_first_token_seconds")
         self._part_s = made.histogram("time_to_first_token_part_seconds")
         self._per_token_s = made.histogram("time_per_output_token_seconds")
+        self._placements = made.counter("placements")
+        self._prediction = made.histogram("first_token_prediction_ratio")
         self._prompt = made.counter("prompt_tokens")
         self._cached = made.counter("cached_prompt_tokens")
         self._generated = made.counter("generated_tokens")
@@ -79,6 +93,7 @@ class RouterMetrics:
         self._grown = made.histogram("grown_tokens")
         self._ignored = made.counter("ignored_parameters")
         self._workers = made.gauge("workers")
+        self._ready = made.gauge("ready")
         self._index = made.gauge("index_available")
         self._draining = made.gauge("draining")
         self._shipments = _Shipments(made)
@@ -116,6 +131,14 @@ class RouterMetrics:
     def observe_per_token(self, seconds: float) -> None:
         self._per_token_s.observe(seconds)
 
+    def count_placement(self, prefill: str, reason: str) -> None:
+        """`local` or `remote`, and why: a `Reason` of `router/placement.py`."""
+        self._placements.labels(prefill, reason).inc()
+
+    def observe_prediction(self, prefill: str, predicted_s: float, actual_s: float) -> None:
+        """The first token of an attempt is here."""
+        self._prediction.labels(prefill).observe(actual_s / max(predicted_s, 1e-6))
+
     def observe_prepare(self, seconds: float) -> None:
         """Validation, chat template and tokenising."""
         self._part_s.labels("prepare").observe(seconds)
@@ -139,6 +162,9 @@ class RouterMetrics:
     def set_workers(self, role: str, num: int) -> None:
         self._workers.labels(role).set(num)
 
+    def set_ready(self, ready: bool) -> None:
+        self._ready.set(ready)
+
     def set_index_available(self, available: bool) -> None:
         self._index.set(available)
 
@@ -149,11 +175,13 @@ class RouterMetrics:
 class _WorkerMetrics:
     """What both kinds of workers measure."""
 
-    def __init__(self, made: _Instruments) -> None:
+    def __init__(self, made: _Instruments, wall_clock: Callable[[], float]) -> None:
+        self._wall_clock = wall_clock
         self._requests = made.counter("requests")
-        self._errors = made.counter("errors")
+        self._errors = made.errors("errors")
         self._pages = made.gauge("pages")
         self._queued = made.gauge("queued_requests")
+        self._oldest_queued = made.gauge("oldest_queued_timestamp_seconds")
         self._running = made.gauge("running_requests")
         self._queue_s = made.histogram("queue_seconds")
         self._step_s = made.histogram("step_seconds")
@@ -170,8 +198,11 @@ class _WorkerMetrics:
         for state, num in (("free", free), ("held", held), ("cached", cached)):
             self._pages.labels(state).set(num)
 
-    def set_queue(self, num: int) -> None:
+    def set_queue(self, num: int, oldest_wait_s: float = 0.0) -> None:
+        """`oldest_wait_s` is how long the first in the queue has waited. It is shown as a point in time, which stays
+        right while nothing happens: that is when it matters."""
         self._queued.set(num)
+        self._oldest_queued.set(self._wall_clock() - oldest_wait_s if num else 0)
 
     def set_running(self, num: int) -> None:
         self._running.set(num)
@@ -186,13 +217,15 @@ class _WorkerMetrics:
 
 
 class PrefillMetrics(_WorkerMetrics):
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, *, wall_clock: Callable[[], float] = time.time) -> None:
         made = _Instruments("prefill", registry)
-        super().__init__(made)
+        super().__init__(made, wall_clock)
         self._prompt = made.counter("prompt_tokens")
         self._cached = made.counter("cached_prompt_tokens")
         self._prefill_s = made.histogram("prefill_seconds")
         self._select_s = made.histogram("select_seconds")
+        self._ship_s = made.histogram("ship_seconds")
+        self._ship_exposed_s = made.histogram("ship_exposed_seconds")
         self._step_tokens = made.histogram("step_tokens")
         self._step_prompts = made.histogram("step_prompts")
         self._shadow_kl = made.histogram("shadow_kl_nats")
@@ -207,6 +240,11 @@ class PrefillMetrics(_WorkerMetrics):
         self._prefill_s.observe(prefill_s)
         self._select_s.observe(select_s)
 
+    def observe_shipping(self, transport: str, ship_s: float, exposed_s: float) -> None:
+        """One shipment is over: how long its layers took, and for how long of it nothing was computed of the prompt."""
+        self._ship_s.labels(transport).observe(ship_s)
+        self._ship_exposed_s.labels(transport).observe(exposed_s)
+
     def observe_shadow(self, recipe: str, kl_nats: float, is_same_token: bool) -> None:
         """How far the next token's distribution under packed KV is from the exact one."""
         self._shadow_kl.labels(recipe).observe(kl_nats)
@@ -219,14 +257,14 @@ class PrefillMetrics(_WorkerMetrics):
 
 
 class DecodeMetrics(_WorkerMetrics):
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, *, wall_clock: Callable[[], float] = time.time) -> None:
         made = _Instruments("decode", registry)
-        super().__init__(made)
+        super().__init__(made, wall_clock)
         self._generated = made.counter("generated_tokens")
-        self._local = made.counter("local_prefills")
         self._batch = made.histogram("batch_size")
         self._transfer_s = made.histogram("transfer_seconds")
         self._first_step_s = made.histogram("first_step_seconds")
+        self._stall_s = made.histogram("stall_seconds")
 
     def observe_step(self, batch: int, seconds: float) -> None:
         """One token for each of `batch` requests."""
@@ -240,6 +278,6 @@ class DecodeMetrics(_WorkerMetrics):
     def observe_first_step(self, seconds: float) -> None:
         self._first_step_s.observe(seconds)
 
-    def count_local_prefill(self, reason: str) -> None:
-        """`short` prompt, or `no_prefill_worker`."""
-        self._local.labels(reason).inc()
+    def observe_stall(self, seconds: float) -> None:
+        """A step waited for this long, because the thread was prefilling."""
+        self._stall_s.observe(seconds)

@@ -3,9 +3,11 @@
 Knows payloads, frames and checksums. Does not know gRPC, pages, models or requests, and awaits nothing: a sender turns
 payloads into frames, a receiver turns frames into payloads, and whoever owns the stream carries the frames.
 
+    receiver.offer ──in the request──▶ transport.sender(offer)
     sender.frames(layer, lengths, payload) ──LayerHeader, Chunk*──▶ receiver.take(frame) -> ReceivedLayer | None
 
-`release` is idempotent on both ends and ends everything, whatever state it was in.
+The receiver exists before the request that asks for the shipment, so a transport that moves bytes outside the stream
+can tell in its offer how it is reached. `release` is idempotent on both ends and ends everything, in any state.
 """
 
 from __future__ import annotations
@@ -32,13 +34,19 @@ class ReceivedLayer:
 
 class KVSender(Protocol):
     def frames(self, layer: int, lengths: tuple[int, ...], payload: Tensor) -> Iterator[ShipFrame]:
-        """The frames of one layer; `payload` is flat, contiguous uint8 and must not change until they are sent."""
+        """The frames of one layer, made as they are asked for; `payload` is flat, contiguous uint8 and must not change
+        until they are sent."""
         ...
 
     def release(self) -> None: ...
 
 
 class KVReceiver(Protocol):
+    @property
+    def offer(self) -> str:
+        """What its sender needs to know, opaque to everyone else. Empty where the stream itself is enough."""
+        ...
+
     def take(self, frame: ShipFrame) -> ReceivedLayer | None:
         """The layer that `frame` completes. Raises ShipmentCorrupt on a wrong checksum, length or order."""
         ...
@@ -49,8 +57,14 @@ class KVReceiver(Protocol):
 class KVTransport(Protocol):
     """One per worker. `max_layer_bytes` is what a receiver must be ready for; more is a corrupt shipment."""
 
-    def sender(self) -> KVSender: ...
-    def receiver(self, *, num_layers: int, max_layer_bytes: int) -> KVReceiver: ...
+    def sender(self, offer: str) -> KVSender:
+        """The other end of the receiver that made `offer`. Raises ShipmentIncompatible if it cannot be reached from
+        here, or if this is no offer."""
+        ...
+
+    def receiver(self, *, num_layers: int, max_layer_bytes: int) -> KVReceiver:
+        """Raises ShipmentIncompatible if this machine cannot receive so."""
+        ...
 
 
 def checksum(data: memoryview | bytes) -> int:

@@ -1,7 +1,7 @@
 """Transport inside the RPC stream itself: payloads cut into chunks of about 1 MiB. Always works.
 
 Measured on loopback, chunks of 1 MiB cost the least CPU per byte in gRPC; larger and smaller ones cost more. The
-receiver copies each chunk once, into one buffer that is allocated per shipment and reused for every layer.
+receiver copies each chunk once, into one buffer per shipment, as large as its largest layer.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ CHUNK_BYTES = 1 << 20
 
 
 class InlineTransport:
-    def sender(self) -> KVSender:
+    def sender(self, offer: str) -> KVSender:
         return InlineSender()
 
     def receiver(self, *, num_layers: int, max_layer_bytes: int) -> KVReceiver:
-        return InlineReceiver(num_layers=num_layers, max_layer_bytes=max_layer_bytes)
+        return InlineReceiver(LayerOrder(num_layers=num_layers, max_layer_bytes=max_layer_bytes))
 
 
 class InlineSender:
@@ -38,12 +38,13 @@ class InlineSender:
 
 
 class InlineReceiver:
-    def __init__(self, *, num_layers: int, max_layer_bytes: int) -> None:
-        self._order = LayerOrder(num_layers=num_layers, max_layer_bytes=max_layer_bytes)
-        self._buffer = torch.empty(max_layer_bytes, dtype=torch.uint8)
-        self._view = as_bytes(self._buffer)
+    offer = ""
+
+    def __init__(self, order: LayerOrder) -> None:
+        self._order = order
         self._header: LayerHeader | None = None
         self._filled = 0
+        self._allocate(0)
 
     def take(self, frame: ShipFrame) -> ReceivedLayer | None:
         if isinstance(frame, LayerHeader):
@@ -54,16 +55,25 @@ class InlineReceiver:
 
     def release(self) -> None:
         self._header = None
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._view = memoryview(b"")
+        self._allocate(0)
 
-    def _begin(self, header: LayerHeader) -> None:
+    def between_layers(self) -> None:
+        """Raises ShipmentCorrupt if bytes of a layer are still due."""
         if self._header is not None:
             raise ShipmentCorrupt(
                 f"layer {self._header.layer} ended after {self._filled} of {self._header.num_bytes} bytes"
             )
+
+    def _begin(self, header: LayerHeader) -> None:
+        self.between_layers()
         self._order.expect(header)
+        if len(self._view) < header.num_bytes:
+            self._allocate(header.num_bytes)
         self._header, self._filled = header, 0
+
+    def _allocate(self, num_bytes: int) -> None:
+        self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        self._view = as_bytes(self._buffer)
 
     def _append(self, data: memoryview | bytes) -> None:
         due = self._header.num_bytes - self._filled if self._header else 0

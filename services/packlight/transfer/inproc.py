@@ -16,7 +16,7 @@ from packlight.transfer.base import KVReceiver, KVSender, LayerOrder, ReceivedLa
 
 
 class InprocTransport:
-    def sender(self) -> KVSender:
+    def sender(self, offer: str) -> KVSender:
         return InprocSender()
 
     def receiver(self, *, num_layers: int, max_layer_bytes: int) -> KVReceiver:
@@ -34,6 +34,8 @@ class InprocSender:
 
 
 class InprocReceiver:
+    offer = ""
+
     def __init__(self, *, num_layers: int, max_layer_bytes: int) -> None:
         self._order = LayerOrder(num_layers=num_layers, max_layer_bytes=max_layer_bytes)
         self._header: LayerHeader | None = None

@@ -1,17 +1,22 @@
-"""The KV transports by name. `grpc` is the inline transport: its frames ride in the gRPC stream."""
+"""The KV transports by name, and how two workers agree on one.
+
+`grpc` is the inline transport: its frames ride in the gRPC stream. A decode worker asks for transports by name, best
+first; where one has an offer, it stands behind the name and a `:`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from packlight.core.errors import ShipmentIncompatible
 from packlight.core.registry import Registry
-from packlight.transfer.base import KVTransport
+from packlight.transfer.base import KVReceiver, KVSender, KVTransport
 
 TRANSPORTS = Registry(
     "KV transport",
     {
         "inproc": "packlight.transfer.inproc:InprocTransport",
+        "shm": "packlight.transfer.shm:ShmTransport",
         "grpc": "packlight.transfer.inline:InlineTransport",
     },
 )
@@ -22,11 +27,24 @@ def build_transport(name: str) -> KVTransport:
     return transport
 
 
-def choose(wanted: Sequence[str], offered: Sequence[str]) -> str:
-    """The first transport of `wanted` that is `offered`, or ShipmentIncompatible naming both lists."""
-    for name in wanted:
-        if name in offered:
-            return name
+def wish(name: str, receiver: KVReceiver) -> str:
+    """How a request asks for `receiver`."""
+    return f"{name}:{receiver.offer}" if receiver.offer else name
+
+
+def connect(wanted: Sequence[str], transports: Mapping[str, KVTransport]) -> tuple[str, KVSender]:
+    """The first of `wanted` that reaches its receiver: its name and the sender, to be released.
+
+    Raises ShipmentIncompatible naming both lists, and why what both know does not do."""
+    reasons = []
+    for name, _, offer in (entry.partition(":") for entry in wanted):
+        if name in transports:
+            try:
+                return name, transports[name].sender(offer)
+            except ShipmentIncompatible as error:
+                reasons.append(f"; {name}: {error}")
+    names = ", ".join(entry.partition(":")[0] for entry in wanted)
     raise ShipmentIncompatible(
-        f"no common KV transport: the decode worker takes {', '.join(wanted)}, prefill offers {', '.join(offered)}"
+        f"no common KV transport: the decode worker takes {names}, prefill offers {', '.join(transports)}"
+        + "".join(reasons)
     )

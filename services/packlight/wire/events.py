@@ -33,7 +33,11 @@ def prefill_event_to_proto(event: Accepted | LayerHeader | FirstToken | Shipped)
             return prefill_pb2.PrefillEvent(accepted=accepted)
         case LayerHeader():
             layer = prefill_pb2.LayerHeader(
-                layer=event.layer, lengths=event.lengths, num_bytes=event.num_bytes, checksum=event.checksum
+                layer=event.layer,
+                lengths=event.lengths,
+                num_bytes=event.num_bytes,
+                checksum=event.checksum,
+                offset=event.offset,
             )
             return prefill_pb2.PrefillEvent(layer=layer)
         case FirstToken():
@@ -49,7 +53,8 @@ def prefill_event_from_proto(message: prefill_pb2.PrefillEvent) -> PrefillEvent:
             return Accepted(message.accepted.compatibility, message.accepted.manifest)
         case "layer":
             layer = message.layer
-            return LayerHeader(layer.layer, tuple(layer.lengths), layer.num_bytes, layer.checksum)
+            offset = layer.offset if has(layer, "offset") else None
+            return LayerHeader(layer.layer, tuple(layer.lengths), layer.num_bytes, layer.checksum, offset)
         case "first_token":
             first = message.first_token
             return FirstToken(token_from_proto(first.token), first.num_cached_tokens)

@@ -9,7 +9,7 @@ from packlight.compress import select as selecting
 from packlight.compress import window
 from packlight.compress.base import LayerView
 from packlight.compress.select import Selector, select
-from packlight.compress.window import window_lse
+from packlight.compress.window import window_attention
 from packlight.core.types import PackSpec
 from tests.support.packing import make_layers, make_view, naive_mass, select_all
 
@@ -113,7 +113,7 @@ def test_retained_mass_is_the_kept_share_of_the_attention():
 def test_a_scorer_is_given_the_log_sum_exp(monkeypatch):
     """It is computed once per layer, however many passes follow."""
     calls = []
-    monkeypatch.setattr(selecting, "window_lse", lambda *args: calls.append(1) or window_lse(*args))
+    monkeypatch.setattr(selecting, "window_attention", lambda *args: calls.append(1) or window_attention(*args))
     monkeypatch.setattr(window, "window_lse", lambda *args, **kwargs: pytest.fail("computed again"))
     select(make_view(100, 8), PackSpec("cake", 40, window=8), num_tokens=100)
     assert calls == [1]

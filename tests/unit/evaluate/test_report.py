@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packlight.evaluate.report import html_report, markdown_report, terminal_report
-from packlight.evaluate.report.charts import BOTTOM, KEPT, LEFT, READ, RIGHT, TOP, chart, heat_maps
+from packlight.evaluate.report.charts import KEPT, READ, chart, heat_maps
 from packlight.evaluate.report.summary import KL, NEEDLE_SCORE, TOP1, Asked, Measure, Setting, mean, means, merge_cells
-from packlight.evaluate.report.tables import ABSENT, Table, summary_tables, to_markdown, to_text
+from packlight.evaluate.report.tables import summary_tables
 from packlight.evaluate.results import Point, Results
+from packlight.report.charts import BOTTOM, LEFT, RIGHT, TOP
+from packlight.report.tables import ABSENT, Table, to_markdown, to_text
 from tests.unit.evaluate.made_up import FACTORS, HEADER, RECIPES, made_up_results
 
 NEEDLE_POINT = replace(made_up_results().points[-1], task="niah_single_1", score=0.5, kept_share=0.25)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from packlight.core.errors import ModelError
 from packlight.core.types import ModelSpec
-from packlight.models.adapter import attend
-from packlight.models.base import LanguageModel, load_model
+from packlight.models.adapter import attend, load_transformers_model
+from packlight.models.base import LanguageModel
 from packlight.models.folder import ModelFolder, check_folder
 from packlight.models.spec import load_spec
 from tests.support.tiny_models import TINY_CONFIGS, VOCABULARY, DenseAttention, eager_model, write_model_folder
@@ -30,7 +30,7 @@ def silent(_: str) -> None:
 def load(folder: ModelFolder, *, dtype: str = "float32") -> LanguageModel:
     check_folder(folder.path)
     spec = load_spec(folder, name="tiny", dtype=dtype)
-    return load_model(folder, spec, device="cpu", on_progress=silent)
+    return load_transformers_model(folder, spec, device="cpu", on_progress=silent)
 
 
 def flat_batch(seed: int = 1) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -133,7 +133,7 @@ def test_proof_at_load_catches_a_spec_that_lies(
 ) -> None:
     spec: ModelSpec = dataclasses.replace(load_spec(llama_folder, name="tiny", dtype="float32"), **change)
     with pytest.raises(ModelError, match=sentence) as caught:
-        load_model(llama_folder, spec, device="cpu", on_progress=silent)
+        load_transformers_model(llama_folder, spec, device="cpu", on_progress=silent)
     assert str(llama_folder.path) in caught.value.message
 
 

@@ -1,9 +1,10 @@
 """The prefill planner: pure values in, pure values out."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packlight.prefill.scheduler import ChunkPlan, Progress, final_start, plan_step, usable_hit
+from packlight.prefill.scheduler import ChunkPlan, Progress, final_start, plan_step, step_room, usable_hit
 
 
 @st.composite
@@ -59,3 +60,32 @@ def test_a_full_hit_still_computes_the_window():
     assert usable_hit(1000, 1000, 1000, 32, 16) == 960
     assert usable_hit(1000, 1000, 1000, 1, 16) == 992
     assert usable_hit(1000, 1000, 900, 32, 16) == 864  # resumed answer: anchored at the prompt's end
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_s", "max_s", "room"),
+    [
+        (1000.0, None, 512),  # nobody decodes
+        (1000.0, 0.2, 200),
+        (10_000.0, 0.2, 512),
+        (20.0, 0.2, 64),  # four pages at least, however slow
+        (0.0, 0.2, 64),  # not measured yet: the smallest step measures
+        (0.0, None, 512),
+    ],
+)
+def test_a_step_is_cut_to_the_time_that_others_may_wait(tokens_per_s, max_s, room):
+    assert step_room(512, 16, tokens_per_s=tokens_per_s, max_s=max_s) == room
+
+
+def test_a_chunk_may_be_smaller_than_that():
+    assert step_room(8, 16, tokens_per_s=1000.0, max_s=0.2) == 8
+
+
+@given(st.floats(0, 0.1), st.floats(1e-5, 1e-2), st.floats(0.05, 1.0), st.integers(1, 4096))
+def test_the_cut_settles_where_a_step_takes_as_long_as_it_may(fixed_s, token_s, max_s, first):
+    """Steps have a part that does not depend on their size, and each is cut by the speed of the one before."""
+    tokens = first
+    for _ in range(60):
+        took_s = fixed_s + tokens * token_s
+        tokens = step_room(10**6, 16, tokens_per_s=tokens / took_s, max_s=max_s)
+    assert tokens == 64 or fixed_s + tokens * token_s <= max_s * 1.05

@@ -89,7 +89,9 @@ async def test_draining_refuses_new_requests_and_finishes_running_ones() -> None
         assert (await client.get("/health/ready")).status_code == 503
         assert (await client.get("/health")).json()["draining"] is True
         assert (await client.get("/health/live")).status_code == 200
-        assert "packlight_router_draining 1.0" in (await client.get("/metrics")).text
+        metrics = (await client.get("/metrics")).text
+        assert "packlight_router_draining 1.0" in metrics
+        assert "packlight_router_ready 0.0" in metrics
     drained = asyncio.create_task(harness.gate.drained())
     await asyncio.sleep(0)
     assert not drained.done()
@@ -98,6 +100,22 @@ async def test_draining_refuses_new_requests_and_finishes_running_ones() -> None
     await connection.task
     assert connection.sent[-1]["body"] == b"data: [DONE]\n\n"
     assert harness.outcomes() == {"completed": 1.0, "refused": 1.0}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_draining_cannot_wait_for_ends_with_an_error(stream: bool) -> None:
+    harness = Harness([Say([80]), Wait(), End()])
+    connection = Connection(harness.app, CHAT, chat_body(stream=stream))
+    await harness.backend.until(lambda: list(harness.backend.num_steps.values()) == [2])
+    harness.gate.drain()
+    harness.gate.give_up()
+    await asyncio.wait_for(harness.gate.drained(), 5)
+    await connection.task
+    body = b"".join(message.get("body", b"") for message in connection.sent)
+    assert b'"code":"draining"' in body
+    assert connection.sent[0]["status"] == (200 if stream else 503)
+    assert list(harness.backend.ended.values()) == ["closed"]
+    assert harness.outcomes() == {"refused": 1.0}
 
 
 async def test_one_request_too_many_is_a_429() -> None:

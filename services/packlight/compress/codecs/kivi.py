@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from packlight.compress.codecs.records import join_fields, numbers, pack_bits, packed_bytes, to_dtype, unpack_bits
+from packlight.kv.coded import IntegerRecords
 
 FP16 = torch.finfo(torch.float16)
 # Half a unit in the last place of fp16, relative, and a little more: no x - |x| * DOWN is rounded to more than x.
@@ -39,6 +40,10 @@ class KiviCodec:
 
     def record_bytes(self, page_size: int, head_dim: int, dtype: torch.dtype) -> int:
         return sum(self._field_bytes(page_size, head_dim))
+
+    def integer_records(self, head_dim: int) -> IntegerRecords:
+        """For kernels that read records as they lie."""
+        return IntegerRecords(self.bits, self._group(head_dim))
 
     def encode(self, k_PTD: Tensor, v_PTD: Tensor, pages_per_head: Sequence[int]) -> Tensor:
         k_codes, k_scale, k_low = quantise(k_PTD.float(), self.bits, dim=1)

@@ -20,7 +20,7 @@ from packlight.compress.budgets.rocket import read_dims
 from packlight.compress.readers.bounds import page_mass, page_products
 from packlight.compress.readers.site import ReaderSite
 from packlight.core.types import PackSpec
-from packlight.kv.reading import PageQuery
+from packlight.kv.reading import PageQuery, PageRating, PageRule
 
 
 class HSAReader:
@@ -28,6 +28,7 @@ class HSAReader:
 
     def __init__(self, num_dims: int) -> None:
         self.num_dims = num_dims
+        self.rule = PageRule(PageRating.MASS_OF_REPRESENTATIVES, num_dims)
 
     @staticmethod
     def constants(spec: PackSpec, num_prompt_tokens: int, site: ReaderSite) -> dict[str, int]:

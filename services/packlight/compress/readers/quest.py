@@ -13,11 +13,13 @@ from torch import Tensor
 from packlight.compress.readers.bounds import bound_probe, page_products
 from packlight.compress.readers.site import ReaderSite
 from packlight.core.types import PackSpec
-from packlight.kv.reading import PageQuery
+from packlight.kv.reading import PageQuery, PageRating, PageRule
 
 
 class QuestReader:
     """Sum over the group of sum_j max(q_j * low_j, q_j * high_j)."""
+
+    rule = PageRule(PageRating.SUM_OF_BOUNDS)
 
     def score(self, query: PageQuery) -> Tensor:
         # The products of a sum are the sum of the products: one row instead of G.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from packlight.evaluate.report.page import html_report
-from packlight.evaluate.report.tables import detail_tables, facts, summary_tables, to_markdown, to_text
+from packlight.evaluate.report.tables import detail_tables, facts, summary_tables
 from packlight.evaluate.results import Results
+from packlight.report.tables import to_markdown, to_text
 
 __all__ = ["html_report", "markdown_report", "terminal_report"]
 

@@ -4,39 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from operator import attrgetter
 
-from jinja2 import Environment, StrictUndefined
-
-from packlight.evaluate.report import charts
-from packlight.evaluate.report.charts import KEPT, READ, Chart, chart, heat_maps
+from packlight.evaluate.report.charts import KEPT, READ, chart, heat_maps
 from packlight.evaluate.report.summary import MEASURES, Setting, means, settings_of
 from packlight.evaluate.report.tables import detail_tables, facts, summary_tables
 from packlight.evaluate.results import Point, Results
+from packlight.report.page import Section, render_page
 
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """Plots of the same lines: each measure against bytes kept and bytes read."""
-
-    title: str
-    note: str
-    charts: tuple[Chart, ...]
+_READING = "one dot for each compression asked for. Further right is packed harder."
 
 
 def html_report(results: Results) -> str:
     """A page with plots, needle heat maps and the tables behind them."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"))
-    return template.render(
-        facts=facts(results.header),
-        model=results.header.model,
-        sections=_sections(results.points),
+    return render_page(
+        f"Packing fidelity of {results.header.model}",
+        facts(results.header),
+        _sections(results.points),
+        [*summary_tables(results), *detail_tables(results)],
+        template=files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"),
         heat_maps=heat_maps(results.points),
-        tables=[*summary_tables(results), *detail_tables(results)],
-        size=charts,
     )
 
 
@@ -58,6 +46,7 @@ def _sections(points: Sequence[Point]) -> list[Section]:
 
 
 def _section(title: str, note: str, points: Sequence[Point], name: Callable[[Setting], str]) -> Section:
+    """The measures against bytes kept and bytes read, with the same lines in all plots."""
     taken = [measure for measure in MEASURES if means(points, measure)]
     charts = [chart(points, measure, axis, name) for measure in taken for axis in (KEPT, READ)]
-    return Section(title, note, tuple(charts))
+    return Section(title, f"{note}, {_READING}", tuple(charts))

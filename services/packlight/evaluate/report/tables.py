@@ -1,9 +1,8 @@
-"""The tables of a report, and their spelling as plain text and as Markdown."""
+"""The tables of an evaluation's report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from packlight.evaluate.report.summary import (
     MEASURES,
@@ -18,18 +17,7 @@ from packlight.evaluate.report.summary import (
     tasks_of,
 )
 from packlight.evaluate.results import Header, Point, Results
-
-ABSENT = "-"
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Cells are text already. The first column names the row."""
-
-    title: str
-    note: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+from packlight.report.tables import ABSENT, Table
 
 
 def summary_tables(results: Results) -> list[Table]:
@@ -56,28 +44,6 @@ def facts(header: Header) -> list[tuple[str, str]]:
         ("time", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in header.durations_s.items())),
     ]
     return [(name, value) for name, value in named if value]
-
-
-def to_text(table: Table) -> str:
-    """Aligned columns for a terminal."""
-    lines = [table.columns, *table.rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(table.columns))]
-    first, *others = widths
-
-    def spell(line: Sequence[str]) -> str:
-        return "  ".join(
-            [line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))]
-        )
-
-    return "\n".join([f"{table.title} ({table.note})", *map(spell, lines)]) + "\n"
-
-
-def to_markdown(table: Table) -> str:
-    """A heading, the note, and a table whose first column is set in code type."""
-    rule = "|".join(["---", *("---:" for _ in table.columns[1:])])
-    rows = [(f"`{name}`", *cells) for name, *cells in table.rows]
-    lines = [f"| {' | '.join(table.columns)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return f"### {table.title}\n\n{table.note[:1].upper()}{table.note[1:]}.\n\n" + "\n".join(lines) + "\n"
 
 
 def _measure_table(points: Sequence[Point], measure: Measure) -> Table:

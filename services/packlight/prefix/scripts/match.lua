@@ -35,7 +35,7 @@ if #used > 0 then
 end
 local reply = {}
 for slot, pages in pairs(num_held) do
-  reply[#reply + 1] = worker_of(slot)
+  reply[#reply + 1] = workers[slot]
   reply[#reply + 1] = pages
 end
 return reply

@@ -12,6 +12,7 @@
 local META, EDGES, CLAIMS, LRU = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local HASH_BYTES = 16
 local NUM_HELD, SINCE, SEEN = 1, 2, 3
+local BATCH = 1000 -- an even number: scores and members come in pairs
 
 -- Page `i` (from 0) of joined hashes.
 local function page(hashes, i)
@@ -88,26 +89,43 @@ local function enroll(worker, generation, token)
   return epoch .. ' ' .. slot, slot
 end
 
-local workers = {}
-
--- The worker of a living slot, or false.
-local function worker_of(slot)
-  if workers[slot] == nil then
-    workers[slot] = redis.call('HGET', META, 's:' .. slot)
+-- Calls `command(first, last)` for the numbers 1 to `count`, some at a time: a command takes only so many arguments.
+local function in_batches(count, command)
+  for first = 1, count, BATCH do
+    command(first, math.min(first + BATCH - 1, count))
   end
-  return workers[slot]
+end
+
+local workers = {} -- slot -> its worker, false if it is dead; of the slots met so far
+
+-- Everything everybody holds is claimed by every worker of the fleet, so slots are looked up together.
+local function learn_workers(claims)
+  local slots, names = {}, {}
+  for slot in pairs(claims) do
+    if workers[slot] == nil then
+      slots[#slots + 1] = slot
+      names[#names + 1] = 's:' .. slot
+    end
+  end
+  in_batches(#names, function(first, last)
+    local found = redis.call('HMGET', META, unpack(names, first, last))
+    for i = first, last do
+      workers[slots[i]] = found[i - first + 1]
+    end
+  end)
 end
 
 -- The claims of living slots on a node.
 local function claims_on(id)
   local packed = redis.call('HGET', CLAIMS, id)
-  local living = {}
-  for slot, claim in pairs(packed and cmsgpack.unpack(packed) or {}) do
-    if worker_of(slot) then
-      living[slot] = claim
+  local claims = packed and cmsgpack.unpack(packed) or {}
+  learn_workers(claims)
+  for slot in pairs(claims) do
+    if not workers[slot] then
+      claims[slot] = nil
     end
   end
-  return living
+  return claims
 end
 
 local function store(id, edge, claims)
@@ -142,7 +160,11 @@ local function num_common(edge, path, start)
 end
 
 local function touch(ids, tick)
-  for _, id in ipairs(ids) do
-    redis.call('ZADD', LRU, tick, id)
+  local scored = {}
+  for i, id in ipairs(ids) do
+    scored[2 * i - 1], scored[2 * i] = tick, id
   end
+  in_batches(#scored, function(first, last)
+    redis.call('ZADD', LRU, unpack(scored, first, last))
+  end)
 end

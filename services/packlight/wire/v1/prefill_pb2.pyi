@@ -51,16 +51,18 @@ class Accepted(_message.Message):
     def __init__(self, compatibility: _Optional[str] = ..., manifest: _Optional[bytes] = ...) -> None: ...
 
 class LayerHeader(_message.Message):
-    __slots__ = ("layer", "lengths", "num_bytes", "checksum")
+    __slots__ = ("layer", "lengths", "num_bytes", "checksum", "offset")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     layer: int
     lengths: _containers.RepeatedScalarFieldContainer[int]
     num_bytes: int
     checksum: int
-    def __init__(self, layer: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., num_bytes: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    offset: int
+    def __init__(self, layer: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., num_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("token", "num_cached_tokens")

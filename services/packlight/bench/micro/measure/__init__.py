@@ -1,0 +1,1 @@
+"""What the micro-benchmarks do. Each module is imported only by the benchmark that runs: most need torch."""

@@ -1,0 +1,1 @@
+"""`packlight doctor`: what is there, what is missing, and how to get it."""

@@ -1,0 +1,1 @@
+"""The fused lane: Llama-like models without `transformers`, in as few passes over memory as they allow."""
