@@ -27,8 +27,7 @@ from packlight.models.fused.plain import PlainModel
 from packlight.models.fused.shape import read_shape
 from packlight.models.fused.weights import Checkpoint
 from packlight.models.spec import load_spec
-from packlight.native.library import open_library
-from packlight.native.variants import cpu_flags, supported
+from tests.support.native import VARIANTS, open_variant
 from tests.support.tiny_models import TINY_CONFIGS, VOCABULARY, DenseAttention, write_model_folder
 
 LENGTHS = (11, 1, 7, 33)
@@ -65,7 +64,7 @@ def plain(folder: ModelFolder, spec: ModelSpec) -> LanguageModel:
 def compiled(variant: Any) -> Callable[[ModelFolder, ModelSpec], LanguageModel]:
     def build(folder: ModelFolder, spec: ModelSpec) -> LanguageModel:
         shape = read_shape(read_json(folder.path / "config.json"))
-        return CompiledModel(Checkpoint(folder, shape, torch.bfloat16, "cpu"), shape, spec, open_library(variant))
+        return CompiledModel(Checkpoint(folder, shape, torch.bfloat16, "cpu"), shape, spec, open_variant(variant))
 
     return build
 
@@ -74,7 +73,7 @@ WAYS = [
     Way("transformers", "float32", by_transformers),
     Way("plain", "float32", plain),
     Way("plain-bf16", "bfloat16", plain),
-    *(Way(variant.name, "bfloat16", compiled(variant)) for variant in supported(cpu_flags())),
+    *(Way(variant.name, "bfloat16", compiled(variant)) for variant in VARIANTS),
 ]
 
 

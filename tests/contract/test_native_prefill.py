@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from packlight.attention.base import PrefillBatch, PrefillChunk
 from packlight.attention.cpu_prefill import CpuPrefill
 from packlight.kv.pool import KVPool
-from packlight.native.library import open_library
-from packlight.native.variants import cpu_flags, supported
+from tests.support.native import VARIANTS, open_variant
 from tests.support.paged_rows import model_spec
 
 NUM_LAYERS, LAYER = 2, 1
@@ -29,9 +28,9 @@ SHAPES = [
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
-@pytest.fixture(scope="module", params=[variant.name for variant in supported(cpu_flags())])
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)
 def library(request):
-    return open_library(next(variant for variant in supported(cpu_flags()) if variant.name == request.param))
+    return open_variant(request.param)
 
 
 @pytest.fixture
@@ -136,7 +135,7 @@ def test_cutting_a_prompt_changes_no_bit(library, threads, shape, window, dtype)
 @settings(max_examples=10, deadline=None)
 @given(cuts=st.sets(st.integers(1, 399), max_size=6), others=st.lists(st.integers(1, 90), max_size=3))
 def test_neighbours_and_cuts_change_no_bit(cuts, others):
-    library = open_library()
+    library = open_variant(VARIANTS[0])
     prompts = Prompts([400, *others], (9, 3, 64, 16), torch.bfloat16)
     alone = prompts.whole(library, 0)
     ends, got = [*sorted(cuts), 400], []

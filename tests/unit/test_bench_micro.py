@@ -185,8 +185,12 @@ def test_rows_have_the_lengths_that_were_asked_for_and_count_what_a_step_reads()
     for layer, tokens in enumerate(lengths):
         # Each head reads its new token as well.
         assert rows.layer_bytes(layer, 2) == 2 * (sum(tokens) + 3) * token_bytes
-    pages = rows.table.pages[0, 0, 0, :4]
-    assert not np.array_equal(pages, np.sort(pages)), "pages lie in order"
+
+
+def test_pages_of_a_row_lie_in_runs_as_after_a_while_of_serving():
+    rows = make_rows(SPEC, Layout(16, torch.bfloat16), [[1024] * 3] * 2, num_rows=4)
+    steps = np.diff(rows.table.held(rows.rows[0]))
+    assert 0.5 < (steps == 1).mean() < 1
 
 
 def test_sparse_rows_count_the_pages_they_read_and_the_summaries_they_look_at():

@@ -24,6 +24,7 @@ from tests.support.fake_pair import until
         (None, {"POD_NAME": "pod"}, "pod"),
         (None, {}, f"prefill-{socket.gethostname()}-{os.getpid()}"),
     ],
+    ids=["configured", "pod", "process"],
 )
 def test_the_id_is_the_configured_one_or_the_pod_s_or_the_process_s(configured, environ, expected):
     assert worker_identity(Role.PREFILL, PrefillConfig(worker_id=configured), environ)[0] == expected

@@ -181,8 +181,8 @@ class DecodeConfig(WorkerSection):
     )
     transports: list[str] = Field(
         ["inproc", "shm", "grpc"],
-        description="KV transports this worker accepts, best first: `inproc` (one process), `shm` (processes of one host "
-        "and user that see each other in /proc), `grpc` (always works). The first that both ends can use is used.",
+        description="KV transports this worker accepts, best first: `inproc` (one process), `shm` (processes of one "
+        "host and user that see each other in /proc), `grpc` (always works). The first that both ends can use is used.",
     )
     prefill_timeout_s: float = Field(
         60.0, gt=0, description="Longest silence of a prefill worker before the request is tried elsewhere."
@@ -191,9 +191,9 @@ class DecodeConfig(WorkerSection):
     max_stall_s: float = Field(
         0.2,
         gt=0,
-        description="While requests decode, a prefill step on the same cores is cut to what takes this long (four pages "
-        "at least), so that the tokens of an answer come that much later at most. Smaller: smoother; larger: faster "
-        "prefill.",
+        description="While requests decode, a prefill step on the same cores is cut to what takes this long (four "
+        "pages at least), so that the tokens of an answer come that much later at most. Smaller: smoother; larger: "
+        "faster prefill.",
     )
 
 

@@ -15,18 +15,16 @@ from packlight.core.types import PackSpec
 from packlight.kv.pool import KVPool
 from packlight.models.fake_spec import fake_spec
 from packlight.native.compile import NativeUnavailable
-from packlight.native.library import open_library
-from packlight.native.variants import cpu_flags, supported
+from tests.support.native import VARIANTS, open_variant
 from tests.support.packing import draw, naive_attention, naive_mass, view_of
 
 LAYERS, LAYER = 3, 1
 
 
-@pytest.fixture(scope="module", params=[variant.name for variant in supported(cpu_flags())])
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)
 def library(request):
-    (variant,) = (variant for variant in supported(cpu_flags()) if variant.name == request.param)
     try:
-        return open_library(variant)
+        return open_variant(request.param)
     except NativeUnavailable as error:
         pytest.skip(str(error))
 

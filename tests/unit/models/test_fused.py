@@ -30,12 +30,10 @@ from packlight.models.fused.shape import why_not
 from packlight.models.opened import open_model
 from packlight.models.spec import load_spec
 from packlight.native.compile import NativeUnavailable
-from packlight.native.library import open_library
 from packlight.native.linear import LinearFunctions, room_elements
-from packlight.native.variants import Variant, cpu_flags, supported
+from packlight.native.variants import Variant
+from tests.support.native import VARIANTS, open_variant
 from tests.support.tiny_models import TINY_CONFIGS, eager_model, write_model_folder
-
-VARIANTS = supported(cpu_flags())
 
 
 def silent(_: str) -> None:
@@ -60,7 +58,7 @@ def rows_of(matrix: PackedMatrix, variant: Variant, rows_R: Tensor) -> Tensor:
     depth = matrix.struct.depth
     out_RC = torch.empty(len(rows_R), depth, dtype=torch.bfloat16)
     room = torch.empty(room_elements(depth, 2), dtype=torch.bfloat16)
-    functions = LinearFunctions(open_library(variant))
+    functions = LinearFunctions(open_variant(variant))
     functions.rows(matrix.struct, rows_R.data_ptr(), len(rows_R), out_RC.data_ptr(), room.data_ptr(), 2)
     return out_RC
 
@@ -97,7 +95,7 @@ def test_four_bits_keep_what_was_four_bits() -> None:
 @pytest.mark.parametrize("weights", Weights)
 def test_products_equal_those_of_the_weights_read_back(variant: Variant, weights: Weights) -> None:
     """In float64; every count of rows around a tile, a block and a piece; columns that fill no block."""
-    functions = LinearFunctions(open_library(variant))
+    functions = LinearFunctions(open_variant(variant))
     for num_outputs, depth in ((32, 32), (77, 96), (288, 576)):
         bias_N = torch.randn(num_outputs)
         matrix = packed(random_weights(num_outputs, depth), bias_N, weights)
