@@ -28,11 +28,13 @@ serve: setup ## Serve SmolLM2 on 127.0.0.1:8000: router, prefill and decode in o
 cluster: setup ## The same as real processes: redis-server, one router, two prefill and two decode workers
 	$(BIN)/python deploy/cluster.py
 
+# Tests that start processes or compute with real weights need the cores for themselves.
 test: setup ## All tests that run on a laptop
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(MAKE) test-fast
+	$(BIN)/python -m pytest -q -m "not gpu and (slow or e2e)"
 
 test-fast: setup ## The tests without model weights and without processes
-	$(BIN)/python -m pytest -q -m "not gpu and not slow and not e2e"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not slow and not e2e"
 
 EVAL ?= --quick
 eval: setup ## What each recipe costs, on prompts whose answers are known: make eval EVAL="--recipes all --factors 2,8"
@@ -54,7 +56,7 @@ check: setup ## Formatting, lint, types, import direction, and generated files t
 CXX_FILE = $(shell $(CXX) -print-file-name=$(1))
 sanitize: setup ## The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PACKLIGHT_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libubsan.so)" \
-		$(BIN)/python -m pytest -q tests/contract/test_native_decode.py \
+		$(BIN)/python -m pytest -q -n 2 tests/contract/test_native_decode.py \
 		tests/contract/test_native_prefill.py tests/unit/compress/test_paged_window.py tests/unit/models/test_fused.py \
 		-k "not import and not compiler"
 

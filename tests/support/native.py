@@ -5,7 +5,7 @@ import os
 from packlight.native.library import open_library
 from packlight.native.variants import cpu_flags, supported
 
-# `make sanitize` sets the variable, and preloads what a sanitized library needs. The best form and the plainest one have
+# `make sanitize` sets the variable, and preloads what a sanitized library needs. The best form and the plainest have
 # every line between them.
 SANITIZED = "PACKLIGHT_SANITIZE" in os.environ
 EVERY_VARIANT = supported(cpu_flags())
