@@ -156,7 +156,7 @@ def test_health_checks_and_prometheus_ask_at_the_ports_of_the_config(compose: di
     config = build_config(yaml.safe_load(compose["configs"]["packlight"]["content"]))
     asked = {target: inherited(target, "ENV") for target in ("router", "worker-cpu")}
     assert f"PACKLIGHT_HEALTH_URL=http://127.0.0.1:{config.router.port}/health/ready" in asked["router"]
-    assert f"PACKLIGHT_HEALTH_URL=http://127.0.0.1:{config.prefill.metrics_port}/metrics" in asked["worker-cpu"]
+    assert f"PACKLIGHT_HEALTH_URL=http://127.0.0.1:{config.prefill.metrics_port}/health/ready" in asked["worker-cpu"]
     scraped = yaml.safe_load((ROOT / "deploy" / "prometheus.yaml").read_text())["scrape_configs"]
     ports = {job["job_name"]: job["dns_sd_configs"][0]["port"] for job in scraped}
     workers = {role: getattr(config, role).metrics_port for role in ("prefill", "decode")}

@@ -16,6 +16,7 @@ from packlight.core.config import build_config
 from packlight.doctor import gpu, machine, software, surroundings
 from packlight.doctor.base import Finding, Level, Patient, examine, human_bytes
 from packlight.doctor.command import CHECKS, ROLES, as_json, as_table, is_well
+from packlight.native import library as native_library
 from tests.support.redis_servers import RedisServer, running_server
 
 GIB = 1 << 30
@@ -140,8 +141,10 @@ def test_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert software.check_torch(patient(role="router")).level is Level.UNUSED
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_and_nothing_compiled_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert software.check_native(patient()).level is Level.OK
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setitem(native_library.status.__kwdefaults__, "cache", tmp_path)
     found = software.check_native(patient())
     assert (found.level, "g++" in found.fix) == (Level.WARNING, True)
     assert software.check_native(patient("decode.attention=cpu")).level is Level.MISSING

@@ -7,6 +7,8 @@ import urllib.error
 import urllib.request
 
 URL, DEADLINE_S = os.environ["PACKLIGHT_URL"], 600.0
+LINES = [line.strip() for line in os.environ.get("PACKLIGHT_API_KEYS", "").splitlines()]
+KEYS = [line for line in LINES if line and not line.startswith("#")]
 
 
 def wait_until_ready() -> str:
@@ -28,7 +30,7 @@ def ask(model: str) -> list[str]:
     """The `data:` lines of a short streamed answer."""
     question = [{"role": "user", "content": "What is the capital of France?"}]
     body = {"model": model, "messages": question, "max_tokens": 16, "stream": True}
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {KEYS[0]}"} if KEYS else {})
     request = urllib.request.Request(f"{URL}/v1/chat/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=120) as reply:
         lines = [line.decode().strip() for line in reply]

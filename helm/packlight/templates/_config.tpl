@@ -43,6 +43,13 @@
     {{- fail (printf "%s.autoscaling: minReplicas %v is more than maxReplicas %v" $role $scaling.minReplicas $scaling.maxReplicas) -}}
   {{- end -}}
 {{- end -}}
+{{- $keys := .Values.router.apiKeys.secret.name -}}
+{{- if and $keys (ne ($config.router.api_keys_file | default "") "/etc/packlight/api-keys") -}}
+  {{- fail "config.router.api_keys_file: must be /etc/packlight/api-keys, where router.apiKeys.secret is mounted" -}}
+{{- end -}}
+{{- if and $config.router.api_keys_file (not $keys) -}}
+  {{- fail "config.router.api_keys_file: give the file's secret, router.apiKeys.secret.name" -}}
+{{- end -}}
 {{- include "packlight.checkRedis" . -}}
 {{- include "packlight.checkModel" . -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}

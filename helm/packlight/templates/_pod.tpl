@@ -119,7 +119,7 @@ capabilities:
 {{- end }}
 {{- end }}
 
-{{/* (dict "root" $ "cacheSize" "4Gi") */}}
+{{/* (dict "root" $ "cacheSize" "4Gi" "apiKeys" true): the last for who checks keys. */}}
 {{- define "packlight.volumes" -}}
 - name: config
   projected:
@@ -130,6 +130,13 @@ capabilities:
       - secret:
           name: {{ . }}
           items: [{key: ca.crt, path: redis-ca/ca.crt}]
+      {{- end }}
+      {{- with .root.Values.router.apiKeys }}
+      {{- if and $.apiKeys .secret.name }}
+      - secret:
+          name: {{ .secret.name }}
+          items: [{key: {{ .secret.key }}, path: api-keys}]
+      {{- end }}
       {{- end }}
 - name: tmp
   emptyDir: {sizeLimit: 1Gi}

@@ -24,18 +24,20 @@ livenessProbe:
   failureThreshold: 6
 {{- end }}
 
-{{/* A worker opens its gRPC port when its weights are loaded and its KV pool is there, and ends as a whole when a part
-of it dies. Whether it gets requests is not decided here: routers go by its heartbeats. */}}
+{{/* A worker has started when its weights are loaded and its gRPC port is open, lives while its event loop goes round,
+and is ready while the fleet's registry is there and it is not draining. Rollouts wait for that. Whether it gets
+requests is not decided here: routers go by its heartbeats. */}}
 {{- define "packlight.workerProbes" -}}
 startupProbe:
-  tcpSocket: {port: grpc}
+  httpGet: {path: /health/startup, port: metrics}
   periodSeconds: 2
   failureThreshold: {{ div (add (int .startupTimeoutSeconds) 1) 2 }}
 readinessProbe:
-  tcpSocket: {port: grpc}
+  httpGet: {path: /health/ready, port: metrics}
   periodSeconds: 5
+  timeoutSeconds: 2
 livenessProbe:
-  httpGet: {path: /metrics, port: metrics}
+  httpGet: {path: /health/live, port: metrics}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6

@@ -54,7 +54,7 @@ spec:
           env:
             {{- include "packlight.env" .root | nindent 12 }}
             - name: PACKLIGHT_HEALTH_URL
-              value: http://127.0.0.1:{{ int $section.metrics_port }}/metrics
+              value: http://127.0.0.1:{{ int $section.metrics_port }}/health/ready
             {{- with include "packlight.rdmaEnv" $pool | trim }}
             {{- . | nindent 12 }}
             {{- end }}

@@ -44,20 +44,18 @@ def check_native(patient: Patient) -> Finding:
     """The compiled CPU kernels: there, or a compiler to make them with at the first start."""
     if not patient.computes or patient.uses_gpu:
         return unused("only workers that compute on CPUs have use for them")
-    from packlight.native.compile import NativeUnavailable, find_compiler, library_path
-    from packlight.native.variants import cpu_flags, supported
+    from packlight.native.library import status
 
-    best = supported(cpu_flags(patient.root / "proc" / "cpuinfo"))[0]
-    try:
-        compiler = find_compiler()
-    except NativeUnavailable as error:
-        wanted = [f"{name}.attention" for name, section in patient.sections.items() if section.attention == "cpu"]
-        fix = "install one: apt-get install --no-install-recommends g++"
-        if wanted:
-            return missing(f"{error.message}, and {', '.join(wanted)} is cpu", fix)
-        return warning(error.message, f"{fix}; until then attention is torch's, which is slower")
-    state = "compiled" if library_path(best, compiler).exists() else "compiled at the first start"
-    return ok(f"{best.name}, {state}, by {compiler}")
+    native = status()
+    if native.path is not None:
+        return ok(f"{native.variant.name}, compiled")
+    if native.compiler is not None:
+        return ok(f"{native.variant.name}, compiled at the first start, by {native.compiler}")
+    fix = "install one: apt-get install --no-install-recommends g++"
+    wanted = [f"{name}.attention" for name, section in patient.sections.items() if section.attention == "cpu"]
+    if wanted:
+        return missing(f"{native.reason}, and {', '.join(wanted)} is cpu", fix)
+    return warning(str(native.reason), f"{fix}; until then attention is torch's, which is slower")
 
 
 def check_model(patient: Patient) -> Finding:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
-from prometheus_client import CollectorRegistry, start_http_server
 
 from packlight.core.config import Config, WorkerSection
 from packlight.core.errors import StartupError
 from packlight.core.types import LocalPrefill, ModelSpec, Role, WorkerId, WorkerInfo, WorkerLoad
+from packlight.engine.health import HealthServer
 from packlight.fleet.base import Fleet
 from packlight.fleet.heart import Heart, advertised_address
 from packlight.wire.channel import start_server
@@ -109,7 +109,7 @@ class WorkerProcess:
         *,
         identity: tuple[WorkerId, int],
         spec: ModelSpec,
-        registry: CollectorRegistry,
+        http: HealthServer,
         environ: Mapping[str, str],
         also: Callable[[], Awaitable[None]] | None = None,
         offer: Callable[[], LocalPrefill] | None = None,
@@ -117,7 +117,7 @@ class WorkerProcess:
         """`also` happens with every heartbeat; `offer` is what a decode worker says of its local prefill."""
         self._config, self._section, self._role, self._worker = config, section, role, worker
         self._handler, self._fleet, self._identity, self._spec = handler, fleet, identity, spec
-        self._registry, self._environ, self._also, self._offer = registry, environ, also, offer
+        self._http, self._environ, self._also, self._offer = http, environ, also, offer
 
     async def serve(
         self, stop: asyncio.Event, on_progress: Callable[[str], None], *beside: Callable[[], Coroutine[Any, Any, None]]
@@ -126,8 +126,9 @@ class WorkerProcess:
         server, port = await self._listen()
         heart = self._heart(advertised_address(self._section, port, self._environ))
         try:
-            metrics = self._expose_metrics()
+            metrics = f", metrics on {self._http.url}/metrics" if self._http.url else ""
             on_progress(f"{self._role} worker {self._identity[0]} is ready on {self._section.host}:{port}{metrics}")
+            self._http.health.serving(lambda: self._fleet.available)
             ended = asyncio.Event()
             drain = self._drain_when(stop, ended, heart)
             await run_until(ended, self._worker.run(), heart.run(), drain, *(part() for part in beside))
@@ -145,10 +146,13 @@ class WorkerProcess:
 
     async def _drain_when(self, stop: asyncio.Event, ended: asyncio.Event, heart: Heart) -> None:
         await stop.wait()
+        self._http.health.draining()
         self._worker.drain()
         await heart.beat()
         if not await drained(self._worker, self._section.drain_s):
             log.warning("giving up %d requests after %.0f s", self._worker.num_unfinished, self._section.drain_s)
+        # Routers that have not read the board since shall find somebody who refuses: that is quicker than nobody.
+        await asyncio.sleep(self._config.fleet.heartbeat_s)
         ended.set()
         await asyncio.Event().wait()
 
@@ -163,18 +167,5 @@ class WorkerProcess:
             ),
             period_s=self._config.fleet.heartbeat_s,
             also=self._also,
+            pulse=self._http.health.pulse,
         )
-
-    def _expose_metrics(self) -> str:
-        """What to say of it: where the metrics are, port 0 being a free one. Served until the process ends."""
-        if self._section.metrics_port is None:
-            return ""
-        host = self._section.host
-        try:
-            server, _ = start_http_server(self._section.metrics_port, addr=host, registry=self._registry)
-        except OSError as error:
-            raise StartupError(
-                f"cannot serve metrics on {host}:{self._section.metrics_port}: {error.strerror}. "
-                f"Choose another --set {self._role}.metrics_port=..."
-            ) from None
-        return f", metrics on http://{host}:{server.server_port}/metrics"

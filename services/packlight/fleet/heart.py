@@ -38,7 +38,8 @@ def advertised_address(section: WorkerSection, port: int, environ: Mapping[str, 
 
 
 class Heart:
-    """Reports `describe()` every `period_s`, and `also` with it; `stop` takes the worker off the board."""
+    """Reports `describe()` every `period_s`, and `also` with it; `stop` takes the worker off the board. `pulse` is called
+    whatever becomes of the report: the event loop goes round."""
 
     def __init__(
         self,
@@ -47,8 +48,9 @@ class Heart:
         *,
         period_s: float,
         also: Callable[[], Awaitable[None]] | None = None,
+        pulse: Callable[[], None] = lambda: None,
     ) -> None:
-        self._fleet, self._describe, self._period_s, self._also = fleet, describe, period_s, also
+        self._fleet, self._describe, self._period_s, self._also, self._pulse = fleet, describe, period_s, also, pulse
 
     async def beat(self) -> None:
         await self._fleet.heartbeat(self._describe())
@@ -57,6 +59,7 @@ class Heart:
 
     async def run(self) -> None:
         while True:
+            self._pulse()
             try:
                 await self.beat()
             except Exception:

@@ -6,7 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from packlight.native.compile import DEFAULT_CACHE, PREBUILT, NativeUnavailable, compile_into, find_compiler
+from packlight.native.compile import (
+    DEFAULT_CACHE,
+    PREBUILT,
+    NativeUnavailable,
+    bring_openmp,
+    compile_into,
+    find_compiler,
+)
 from packlight.native.variants import VARIANTS, Variant, cpu_flags, supported
 
 
@@ -26,6 +33,8 @@ def main() -> int:
         return 1
     folder = PREBUILT if arguments.prebuilt else DEFAULT_CACHE
     made = [_make(variant, compiler, folder) for variant in variants]
+    if arguments.prebuilt and any(made):
+        bring_openmp(folder, compiler)
     return 0 if any(made) else 1
 
 

@@ -27,6 +27,8 @@ DEFAULT_CACHE = Path("~/.cache/packlight/native").expanduser()
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: infinities and NaN keep their meaning, because masks are made of them.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+# Beside the library is where `--prebuilt` puts OpenMP's own: an image has neither compiler nor that.
+BESIDE = ("-Wl,-rpath,$ORIGIN",)
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
 
 
@@ -101,6 +103,16 @@ def compile_into(
     return path
 
 
+def bring_openmp(folder: Path, compiler: str) -> None:
+    """Put the OpenMP library that g++ links to into `folder`. With another compiler the machine must have its own."""
+    said = subprocess.run(
+        [compiler, "-print-file-name=libgomp.so.1"], capture_output=True, text=True, check=False
+    ).stdout
+    library = Path(said.strip())
+    if library.is_absolute():
+        shutil.copy(library, folder / library.name)
+
+
 def _made_from(variant: Variant, sanitize: bool) -> str:
     """The part of a library's name that says what it is."""
     digest = sha256(repr(_flags(variant, sanitize)).encode())
@@ -130,7 +142,7 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         finished = Path(folder, "finished.so")
-        _run([compiler, *flags, "-shared", *objects, "-o", str(finished)])
+        _run([compiler, *flags, *BESIDE, "-shared", *objects, "-o", str(finished)])
         finished.replace(path)
 
 

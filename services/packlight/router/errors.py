@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from packlight.core.errors import Cancelled, CapacityError, DeadlineExceeded, PacklightError, RequestError, WorkerError
+from packlight.core.trace import TraceContext
 from packlight.telemetry.logs import log_event
 
 _log = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ class Problem:
     def headers(self) -> dict[str, str]:
         """What the OpenAI clients obey: whether to try again, and when."""
         headers = {"x-should-retry": "true" if self.status in _TRY_AGAIN else "false", **self.extra_headers}
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
         if self.status in (429, 503):
             delay_s = _DEFAULT_RETRY_AFTER_S if self.retry_after_s is None else max(self.retry_after_s, 0.0)
             headers["retry-after"] = str(math.ceil(delay_s))
@@ -96,7 +99,9 @@ def problem_of(error: Exception) -> Problem:
     return Problem(type(error).__name__, Outcome.FAILED, 500, "server_error", "internal_error", _OUR_BUG)
 
 
-def log_problem(problem: Problem, error: Exception, request_id: str, answer_id: str = "-") -> None:
+def log_problem(
+    problem: Problem, error: Exception, request_id: str, answer_id: str = "-", trace: TraceContext | None = None
+) -> None:
     """Say what the client is not told. A bug is logged with its traceback, a failed worker with its message."""
     if problem.outcome is Outcome.FAILED:
         is_bug = not isinstance(error, WorkerError)
@@ -105,6 +110,7 @@ def log_problem(problem: Problem, error: Exception, request_id: str, answer_id: 
             logging.ERROR,
             "request failed",
             exc_info=error if is_bug else None,
+            trace=trace,
             request=request_id,
             answer=answer_id,
             error=problem.kind,
