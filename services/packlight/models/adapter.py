@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from packlight.core.errors import ModelError
 from packlight.core.types import ModelSpec
 from packlight.models.base import AttentionSink
+from packlight.models.dummy_tensors import dummy_tensor
 from packlight.models.folder import ModelFolder, read_json
 from packlight.models.support import refuse_unsupported
 
@@ -63,20 +64,36 @@ def load_transformers_model(
     transformers.AttentionInterface.register(ATTENTION_NAME, attend)
     on_progress(f"loading the weights of {folder.name} in {spec.dtype}")
     with _explained(folder), _no_progress_bars():
-        model_class = _model_class(folder)
-        model, report = model_class.from_pretrained(
-            folder.path,
-            dtype=getattr(torch, spec.dtype),
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, with their names
-        )
-        _require_complete(report, folder)
+        model = _dummy(folder, spec, device) if folder.is_dummy else _read(folder, spec)
         loaded = TransformersModel(model.eval().to(device), spec)
         _prove(loaded, num_heads=model.config.num_attention_heads, config=model.config, device=device)
     return loaded
+
+
+def _read(folder: ModelFolder, spec: ModelSpec) -> Any:
+    model, report = _model_class(folder).from_pretrained(
+        folder.path,
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=ATTENTION_NAME,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report, with their names
+    )
+    _require_complete(report, folder)
+    return model
+
+
+def _dummy(folder: ModelFolder, spec: ModelSpec, device: str) -> Any:
+    """Made where it is used: a model of many gigabytes never passes through the host."""
+    model_class, dtype = _model_class(folder), getattr(torch, spec.dtype)
+    config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True)
+    with torch.device(device):
+        model = model_class._from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    for name, parameter in model.named_parameters():
+        parameter.data = dummy_tensor(name, parameter.shape, dtype, device)
+    model.tie_weights()
+    return model
 
 
 def attend(

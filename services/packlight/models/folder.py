@@ -23,10 +23,12 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 1024, 4096
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A checked folder. `name` is what clients call the model. Usable wherever a path is."""
+    """A checked folder. `name` is what clients call the model; a dummy has no weights (`dummy.py`). Usable wherever a
+    path is."""
 
     path: Path
     name: str
+    is_dummy: bool = False
 
     def __fspath__(self) -> str:
         return str(self.path)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from packlight.core.config import ModelConfig
+from packlight.core.config import ModelConfig, Weights
 from packlight.core.errors import ModelError
+from packlight.models.dummy import dummy_folder
 from packlight.models.folder import ModelFolder, check_folder
 
 DEFAULT_CACHE_DIR = "~/.cache/packlight"
@@ -44,6 +45,8 @@ def resolve(config: ModelConfig, *, on_progress: Progress) -> ModelFolder:
     Raises ModelError saying what was looked for, where, and what to do."""
     text = config.path
     path = Path(text).expanduser()
+    if config.weights is Weights.DUMMY:
+        return dummy_folder(text, config.name, _cache_dir(config))
     if text in PACKAGED_MODELS and not path.exists():
         return _from_gguf(packaged_file(text), config.name or text, text, config, on_progress)
     if path.is_file():
@@ -76,8 +79,12 @@ def _from_gguf(path: Path, name: str, cache_name: str, config: ModelConfig, on_p
         raise ModelError(f"{path}: a single file must be GGUF (*.gguf). For safetensors, give the folder it lies in")
     from packlight.models.gguf.convert import converted
 
-    cache_dir = Path(config.cache_dir or DEFAULT_CACHE_DIR).expanduser()
-    return _checked(converted(path, name=cache_name, cache_dir=cache_dir, on_progress=on_progress), name)
+    folder = converted(path, name=cache_name, cache_dir=_cache_dir(config), on_progress=on_progress)
+    return _checked(folder, name)
+
+
+def _cache_dir(config: ModelConfig) -> Path:
+    return Path(config.cache_dir or DEFAULT_CACHE_DIR).expanduser()
 
 
 def _checked(path: Path, name: str) -> ModelFolder:

@@ -16,7 +16,7 @@ from typing import Any
 from packlight.core.config import DType, Weights
 from packlight.core.errors import ModelError
 from packlight.core.types import ModelSpec
-from packlight.models.folder import read_json, sample_file, weight_files
+from packlight.models.folder import ModelFolder, read_json, sample_file, weight_files
 from packlight.models.support import refuse_unsupported
 from packlight.models.tokenizer import ChatTokenizer
 
@@ -46,7 +46,7 @@ def load_spec(folder: str | PathLike[str], *, name: str, dtype: str, max_context
     head_dim = config.get("head_dim") or _positive(config, "hidden_size", path) // num_heads
     return ModelSpec(
         name=name,
-        fingerprint=fingerprint(path, dtype),
+        fingerprint=fingerprint(path, dtype, is_dummy=isinstance(folder, ModelFolder) and folder.is_dummy),
         num_layers=_positive(config, "num_hidden_layers", path),
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
         head_dim=head_dim,
@@ -63,14 +63,15 @@ def with_family_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     return _FAMILY_DEFAULTS.get(config["model_type"], {}) | dict(config)
 
 
-def fingerprint(folder: str | PathLike[str], dtype: str) -> str:
+def fingerprint(folder: str | PathLike[str], dtype: str, *, is_dummy: bool = False) -> str:
     """32 hex digits that name what a worker computes: BLAKE2b over config, tokenizer, chat template, dtype, and each
     weight file's name, size, header and a sample of its bytes. It does not depend on the machine or the path."""
-    path, hasher = Path(folder), hashlib.blake2b(f"packlight model 1 {dtype}".encode(), digest_size=16)
+    kind = f"packlight model 1 {dtype}{' dummy' if is_dummy else ''}"
+    path, hasher = Path(folder), hashlib.blake2b(kind.encode(), digest_size=16)
     for file in (path / name for name in _PROMPT_FILES):
         content = file.read_bytes() if file.is_file() else b""
         hasher.update(f"\0{file.name} {len(content)}\0".encode() + content)
-    for file in weight_files(path):
+    for file in [] if is_dummy else weight_files(path):
         hasher.update(f"\0{file.name}\0".encode())
         sample_file(hasher, file)
     return hasher.hexdigest()
@@ -94,7 +95,7 @@ def resolve_dtype(
     if dtype is not DType.AUTO:
         return dtype.value
     fast = (
-        weights is not Weights.NATIVE
+        weights not in (Weights.NATIVE, Weights.DUMMY)
         or device.startswith("cuda")
         or (device == "cpu" and _cpu_computes_in_bfloat16(cpuinfo))
     )

@@ -18,9 +18,11 @@ from packlight.models.folder import ModelFolder, read_json
 from packlight.models.fused.compiled import CompiledModel, why_not_compiled
 from packlight.models.fused.plain import PlainModel
 from packlight.models.fused.shape import check_spec, read_shape, why_not
-from packlight.models.fused.weights import Checkpoint
+from packlight.models.fused.weights import Checkpoint, DummyCheckpoint
 from packlight.native.compile import NativeUnavailable
 from packlight.native.library import Library, open_library
+
+_PACKED = (Weights.INT8, Weights.INT4)
 
 
 def load_fused_model(
@@ -37,11 +39,12 @@ def load_fused_model(
     shape, dtype = read_shape(config), getattr(torch, spec.dtype)
     check_spec(shape, spec)
     library = _kernels(why_not_compiled(shape, dtype, device), weights, folder, on_progress)
-    on_progress(f"loading the weights of {folder.name} in {spec.dtype if weights is Weights.NATIVE else weights}")
-    checkpoint = Checkpoint(folder, shape, dtype, device)
+    on_progress(f"loading the weights of {folder.name} in {weights if weights in _PACKED else spec.dtype}")
+    is_dummy = folder.is_dummy
+    checkpoint = DummyCheckpoint(shape, dtype, device) if is_dummy else Checkpoint(folder, shape, dtype, device)
     if library is None:
         return PlainModel(checkpoint, shape, spec, device)
-    return CompiledModel(checkpoint, shape, spec, library, weights)
+    return CompiledModel(checkpoint, shape, spec, library, weights if weights in _PACKED else Weights.NATIVE)
 
 
 def _kernels(
@@ -60,7 +63,7 @@ def _kernels(
 
 
 def _require_native(weights: Weights, folder: ModelFolder, reason: str) -> None:
-    if weights is not Weights.NATIVE:
+    if weights in _PACKED:
         raise ModelError(
             f"{folder.path}: model.weights={weights} is not possible: {reason}. It needs a model of the Llama, "
             "Mistral, Qwen2 or Qwen3 family, model.device=cpu, model.dtype=bfloat16 or auto, and a C++ compiler. "

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from packlight.models.dummy_tensors import dummy_tensor
 from packlight.models.folder import ModelFolder, safetensors_header, weight_files
 from packlight.models.fused.shape import Shape
 
@@ -86,6 +87,17 @@ class Checkpoint:
     def _read(self, name: str) -> Tensor:
         tensor: Tensor = self._readers[name].get_tensor(name)
         return tensor.to(device=self._device, dtype=self._dtype)
+
+
+class DummyCheckpoint(Checkpoint):
+    """The same for a folder without weights: they are drawn."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
+        self._shape, self._dtype, self._device = shape, dtype, device
+        self._shapes = shape.tensors()
+
+    def _read(self, name: str) -> Tensor:
+        return dummy_tensor(name, self._shapes[name], self._dtype, self._device)
 
 
 def _stacked(*matrices: Matrix) -> Matrix:
