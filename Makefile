@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.packlight-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve cluster test test-fast eval bench check sanitize fmt proto docs chart clean
+.PHONY: help setup serve cluster test test-fast eval bench check sanitize gpu-wheels gpu-check gpu-memcheck fmt proto docs chart clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,16 @@ sanitize: setup ## The native kernels' tests under AddressSanitizer and Undefine
 		$(BIN)/python -m pytest -q -n 2 tests/contract/test_native_decode.py \
 		tests/contract/test_native_prefill.py tests/unit/compress/test_paged_window.py tests/unit/models/test_fused.py \
 		-k "not import and not compiler"
+
+# On a bare machine with a GPU, without network: `make gpu-wheels` beforehand, and carry .gpu/wheels there.
+gpu-wheels: setup ## Fetch what a GPU machine without network lacks into .gpu/wheels
+	$(BIN)/python -m tests.gpu.wheels
+
+gpu-check: ## All GPU tests and figures, about ten minutes; writes docs/gpu/<date>-<device>.json
+	$(PYTHON) -m tests.gpu.check $(GPU)
+
+gpu-memcheck: ## The GPU kernels' tests under compute-sanitizer
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/gpu -k triton
 
 fmt: setup ## Format and fix what can be fixed
 	$(BIN)/ruff format .

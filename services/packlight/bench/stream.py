@@ -8,6 +8,7 @@ decoding reads weights and KV and writes next to nothing; a copy would count its
     max_u8     torch: the largest byte
     sum_i64    torch: the sum of 64-bit words
     dot_f32    torch: a dot product of the buffer's halves, which goes through the BLAS
+    copy       on a GPU only: one half onto the other, bytes read and bytes written both counted
 """
 
 from __future__ import annotations
@@ -27,16 +28,30 @@ BUFFER_BYTES = 512 << 20  # several times the last-level cache of a large server
 GB = 1e9
 
 
+def synced(function: Callable[[], object], device: str) -> Callable[[], object]:
+    """`function`, over when the device is done with it."""
+    if not device.startswith("cuda"):
+        return function
+
+    def until_done() -> None:
+        function()
+        torch.cuda.synchronize()
+
+    return until_done
+
+
 class Stream:
     """Reads one buffer with `num_threads`. `skipped` says why a way is missing."""
 
-    def __init__(self, num_threads: int, num_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(self, num_threads: int, num_bytes: int = BUFFER_BYTES, device: str = "cpu") -> None:
         """`num_bytes` is a multiple of 128. Sets torch's number of threads."""
         torch.set_num_threads(num_threads)
         self.num_bytes = num_bytes
-        self._buffer = zeros_on_first_touch((num_bytes,), torch.uint8, "cpu").fill_(1)
+        self._buffer = zeros_on_first_touch((num_bytes,), torch.uint8, device).fill_(1)
         self.skipped: dict[str, str] = {}
-        self._ways = self._torch_ways() | self._native_way(num_threads)
+        ways = self._torch_ways()
+        ways |= self._native_way(num_threads) if device == "cpu" else self._copy_way()
+        self._ways = {name: synced(way, device) for name, way in ways.items()}
 
     def subjects(self, prefix: str = "stream/") -> Mapping[str, Callable[[], float]]:
         """For `take_turns`: each way reads the buffer once and returns its seconds."""
@@ -59,6 +74,10 @@ class Stream:
             "sum_i64": words.sum,
             "dot_f32": partial(torch.dot, first, second),
         }
+
+    def _copy_way(self) -> dict[str, Callable[[], object]]:
+        first, second = self._buffer.chunk(2)
+        return {"copy": partial(second.copy_, first)}
 
     def _native_way(self, num_threads: int) -> dict[str, Callable[[], object]]:
         try:

@@ -57,12 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Raises StartupError for wrong flags and for a model that cannot be loaded."""
     check_output(arguments.json)
-    attentions, skipped = _usable(_attentions(arguments.attention))
+    config = config_of(arguments)
+    attentions, skipped = _usable(_attentions(arguments.attention), config.model.device)
     for flag in ("rounds", "prefill-rounds"):
         at_least_one(flag, getattr(arguments, flag.replace("-", "_")))
     batches, contexts = counts("batch", arguments.batch), counts("context", arguments.context)
     prompts = counts("prefill", arguments.prefill) if arguments.prefill else []
-    config = config_of(arguments)
     model = load_configured(config, open_configured(config), arguments)
     steps = _measure_steps(arguments, config, model, attentions, [(b, c) for b in batches for c in contexts])
     prefills = _measure_prefills(arguments, config, model, attentions, prompts)
@@ -106,8 +106,8 @@ def _measure_steps(
     from packlight.bench.stream import Stream
 
     packs = {name: parse_pack("recipe", name, model.spec) for name in arguments.recipe.split(",")}
-    question = _question(arguments, model, attentions, config.kv.page_size, config.decode.kv_codec)
-    stream = Stream(num_threads(arguments), stream_bytes(arguments))
+    question = _question(arguments, config, model, attentions, config.decode.kv_codec)
+    stream = Stream(num_threads(arguments), stream_bytes(arguments), config.model.device)
     steps: list[Step] = []
     for point in (Point(*size, name, pack) for size in sizes for name, pack in packs.items()):
         say(f"decode: {point.batch} x {point.context} tokens, {point.recipe}")
@@ -124,7 +124,7 @@ def _measure_prefills(
 ) -> list[Prefill]:
     from packlight.bench.micro.measure.step import measure_prefill
 
-    question = _question(arguments, model, attentions, config.kv.page_size, "native")
+    question = _question(arguments, config, model, attentions, "native")
     prefills: list[Prefill] = []
     for num_tokens in prompts:
         say(f"prefill: {num_tokens} tokens")
@@ -134,14 +134,14 @@ def _measure_prefills(
 
 
 def _question(
-    arguments: argparse.Namespace, model: LanguageModel, attentions: tuple[str, ...], page_size: int, codec: str
+    arguments: argparse.Namespace, config: Config, model: LanguageModel, attentions: tuple[str, ...], codec: str
 ) -> Question:
     import torch
 
     from packlight.bench.micro.measure.rows import Layout
     from packlight.bench.micro.measure.step import Question
 
-    layout = Layout(page_size, getattr(torch, model.spec.dtype), codec)
+    layout = Layout(config.kv.page_size, getattr(torch, model.spec.dtype), codec, config.model.device)
     return Question(layout, attentions, arguments.rounds, arguments.slice, arguments.profile)
 
 
@@ -151,12 +151,14 @@ def _attentions(text: str | None) -> list[str]:
     return [one_of("attention", name, BACKENDS) for name in text.split(",")]
 
 
-def _usable(names: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The backends that this machine has, and why it has not the others."""
+def _usable(names: list[str], device: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The backends that this machine has for the device, and why it has not the others."""
+    from packlight.engine.build import build_attention
+
     usable, skipped = [], {}
     for name in names:
         try:
-            BACKENDS.load(name)()
+            build_attention(name, device)
             usable.append(name)
         except (PacklightError, ImportError, OSError) as error:
             skipped[name] = str(error) or type(error).__name__

@@ -32,11 +32,12 @@ NATIVE = "native"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How KV lies: `codec` is `native`, or that of a coded pool."""
+    """How KV lies, and where: `codec` is `native`, or that of a coded pool."""
 
     page_size: int
     dtype: torch.dtype
     codec: str = NATIVE
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -73,17 +74,20 @@ def make_rows(
     *,
     num_rows: int,
     num_new: int = 1,
+    num_spare_rows: int = 0,
     pack: PackSpec | None = None,
     num_prompt_tokens: int = 0,
     seed: int = 0,
 ) -> Rows:
-    """`num_rows` rows with `lengths_LK` tokens each, and pages for `num_new` more. With `pack` they are read as a
+    """`num_rows` rows with `lengths_LK` tokens each, and pages for `num_new` more; spare rows are free, with a page for
+    each of their heads. With `pack` they are read as a
     prompt of `num_prompt_tokens` that was packed so."""
     num_pages = sum(-(-(length + num_new) // layout.page_size) for lengths in lengths_LK for length in lengths)
-    pool, page_bytes = _make_pool(spec, layout, num_rows, num_rows * num_pages)
+    num_spare_pages = num_spare_rows * spec.num_layers * spec.num_kv_heads
+    pool, page_bytes = _make_pool(spec, layout, num_rows, num_rows * num_pages + num_spare_pages)
     table = HeadPageTable(
         PageBook(pool.num_head_pages),
-        num_rows=num_rows,
+        num_rows=num_rows + num_spare_rows,
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
         page_size=layout.page_size,
@@ -95,7 +99,7 @@ def make_rows(
         reading = readers.reading_of(pack, num_prompt_tokens)
     summaries = None
     if reading is not None:
-        summaries = PageSummaries(pool.num_head_pages, spec.head_dim, layout.dtype)
+        summaries = PageSummaries(pool.num_head_pages, spec.head_dim, layout.dtype, layout.device)
     rows = tuple(table.open() for _ in range(num_rows))
     _fill(pool, table, rows, lengths_LK, summaries, seed)
     table.grow(list(rows))
@@ -106,7 +110,9 @@ def _make_pool(spec: ModelSpec, layout: Layout, num_rows: int, num_head_pages: i
     num_heads = spec.num_layers * spec.num_kv_heads
     num_blocks = -(-num_head_pages // num_heads)
     if layout.codec == NATIVE:
-        native = KVPool(spec, num_blocks=num_blocks, page_size=layout.page_size, dtype=layout.dtype)
+        native = KVPool(
+            spec, num_blocks=num_blocks, page_size=layout.page_size, dtype=layout.dtype, device=layout.device
+        )
         return native, native.head_page_bytes
     coded = CodedPool(
         spec,
@@ -115,6 +121,7 @@ def _make_pool(spec: ModelSpec, layout: Layout, num_rows: int, num_head_pages: i
         max_open_pages=2 * num_rows * num_heads,
         page_size=layout.page_size,
         dtype=layout.dtype,
+        device=layout.device,
     )
     return coded, coded.head_page_bytes
 
@@ -149,11 +156,11 @@ def _fill(
     """Random tokens everywhere: the same `_TILE_PAGES` pages over and over, because randomness takes time."""
     generator = torch.Generator().manual_seed(seed)
     shape = (_TILE_PAGES, pool.page_size, pool.head_dim)
-    k_tile, v_tile = (torch.randn(shape, generator=generator).to(pool.dtype) for _ in range(2))
+    k_tile, v_tile = (torch.randn(shape, generator=generator).to(pool.device, pool.dtype) for _ in range(2))
     for row in rows:
         for layer, lengths in enumerate(lengths_LK):
-            pages_X = torch.from_numpy(table.fill_layer(row, layer, list(lengths))).long()
-            num_tokens_X = torch.tensor(tokens_per_page(lengths, pool.page_size))
+            pages_X = torch.from_numpy(table.fill_layer(row, layer, list(lengths))).long().to(pool.device)
+            num_tokens_X = torch.tensor(tokens_per_page(lengths, pool.page_size), device=pool.device)
             for start in range(0, len(pages_X), _TILE_PAGES):
                 part, num_tokens = (x_X[start : start + _TILE_PAGES] for x_X in (pages_X, num_tokens_X))
                 k, v = k_tile[: len(part)], v_tile[: len(part)]

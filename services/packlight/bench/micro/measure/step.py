@@ -17,7 +17,7 @@ from packlight.attention.registry import BACKENDS
 from packlight.bench.micro.measure.packing import kept_lengths
 from packlight.bench.micro.measure.rows import Layout, Rows, make_rows
 from packlight.bench.micro.measure.weights import weight_bytes
-from packlight.bench.stream import Stream
+from packlight.bench.stream import Stream, synced
 from packlight.bench.timing import Spread, seconds_of, slices_of, take_turns
 from packlight.core.types import PackSpec, SamplingParams
 from packlight.engine.runner import ChunkWork, DecodeRunner, Runner
@@ -93,7 +93,8 @@ def measure_point(model: LanguageModel, point: Point, question: Question, stream
     """Backends and the stream in turns."""
     rows = _rows(model, point, question.layout)
     steppers = {name: Stepper(model, rows, name, point.context) for name in question.attentions}
-    subjects = {name: slices_of(stepper.step, question.slice_s) for name, stepper in steppers.items()}
+    device = question.layout.device
+    subjects = {name: slices_of(synced(stepper.step, device), question.slice_s) for name, stepper in steppers.items()}
     seconds = take_turns({**stream.subjects(), **subjects}, question.num_rounds)
     _, stream_s = stream.limit(seconds)
     kv_bytes = sum(rows.layer_bytes(layer, point.batch) for layer in range(model.spec.num_layers))
@@ -110,10 +111,12 @@ def measure_prefill(
     """The prompt is computed in chunks of `chunk_tokens`, by each backend in turns."""
     layout, attentions = question.layout, question.attentions
     num_blocks = -(-num_tokens // layout.page_size)
-    pool = KVPool(model.spec, num_blocks=num_blocks, page_size=layout.page_size, dtype=layout.dtype)
+    pool = KVPool(
+        model.spec, num_blocks=num_blocks, page_size=layout.page_size, dtype=layout.dtype, device=layout.device
+    )
     runners = {name: Runner(model, pool, BACKENDS.load(name)()) for name in attentions}
     subjects = {
-        name: partial(seconds_of, partial(_prefill, runner, num_tokens, chunk_tokens))
+        name: partial(seconds_of, synced(partial(_prefill, runner, num_tokens, chunk_tokens), layout.device))
         for name, runner in runners.items()
     }
     seconds = take_turns(subjects, num_rounds)
