@@ -77,8 +77,10 @@ def test_the_prompts_cover_the_claim(cases):
     assert max(lengths) > 3000
 
 
-async def test_one_at_a_time_then_again_with_prefix_hits(smollm2_model, cases):
-    async with real_pair(smollm2_model) as pair:
+@pytest.mark.parametrize("attention", ["sdpa", "cpu"])
+async def test_one_at_a_time_then_again_with_prefix_hits(smollm2_model, cases, attention):
+    """`cpu` is the compiled kernels, in float32 here as everything is."""
+    async with real_pair(smollm2_model, attention=attention) as pair:
         for name, (ids, expected) in cases.items():
             assert await answer(pair.decode, request_for(ids, name)) == expected, name
         for name, (ids, expected) in cases.items():

@@ -10,11 +10,10 @@ import torch
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
-from packlight.attention.sdpa import SdpaAttention
 from packlight.core.config import DecodeConfig, PrefillConfig
 from packlight.core.types import GenerateRequest, PackSpec, SamplingParams, StopRules
 from packlight.decode.worker import DecodeWorker
-from packlight.engine.build import packed_pool
+from packlight.engine.build import build_attention, packed_pool
 from packlight.engine.compute import Compute
 from packlight.engine.runner import DecodeRunner, Runner
 from packlight.kv.pool import KVPool
@@ -48,10 +47,15 @@ class RecordingRunner(DecodeRunner):
 
 @contextlib.asynccontextmanager
 async def real_pair(
-    model: LanguageModel, *, chunk_tokens: int = 512, num_tokens: int = 9000, kv_codec: str = "native"
+    model: LanguageModel,
+    *,
+    chunk_tokens: int = 512,
+    num_tokens: int = 9000,
+    kv_codec: str = "native",
+    attention: str = "sdpa",
 ) -> AsyncIterator[RealPair]:
     """Two workers that share `model`, with as much memory each as `num_tokens` tokens of exact KV take."""
-    compute, logits, backend = Compute(), [], SdpaAttention()
+    compute, logits, backend = Compute(), [], build_attention(attention, "cpu")
     dtype = getattr(torch, model.spec.dtype)
     memory_bytes = num_tokens // PAGE * PAGE * model.spec.kv_bytes_per_token(dtype.itemsize)
     config = DecodeConfig(kv_memory_bytes=memory_bytes, kv_codec=kv_codec)
