@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.packlight-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve cluster test test-fast eval bench check sanitize gpu-wheels gpu-check gpu-memcheck fmt proto docs chart clean
+.PHONY: help setup serve cluster test test-fast eval bench load check sanitize gpu-wheels gpu-check gpu-memcheck fmt proto docs chart clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ eval: setup ## What each recipe costs, on prompts whose answers are known: make 
 BENCH ?= attention
 bench: setup ## Measure one part, or servers side by side: make bench BENCH="serve --server packlight=http://127.0.0.1:8000"
 	$(BIN)/packlight bench $(BENCH)
+
+LOAD ?= --scenario smoke
+load: setup ## Load a server and report on it, by default one started for it: make load LOAD="--scenario burst --url http://host:8000"
+	$(BIN)/python -m loadtest run --json load.json --html load.html $(LOAD)
 
 check: setup ## Formatting, lint, types, import direction, and generated files that must not differ
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ from packlight.compress.policy import AUTO_OPTIONS, Policy
 from packlight.compress.recipes import CODECS, RECIPES, Param, Recipe
 from packlight.compress.scorers.window import KERNEL, TIGHT_KERNEL, TIGHT_TOKENS
 from packlight.core.config import Config, PolicyRow
+from packlight.core.kept_map import MAX_BINS, MAX_GROUPS
 from packlight.core.types import ModelSpec, PackSpec
 
 PAGE_SIZE, HEAD_DIM = 16, 128
@@ -84,12 +85,33 @@ USAGE_FIELDS = {
     "`shipped_bytes`, `exact_bytes`": "KV that travelled, and what the exact KV of the same tokens takes.",
     "`attention_mass_retained`": "Share of the window's attention mass on kept tokens, mean over layers, or null.",
     "`timings_ms`": "Where the time to the first tokens went.",
+    "`explain`": "Only if asked for: which parts of the prompt were kept, see below.",
 }
+
+
+EXPLAIN = """## Which tokens were kept
+
+`"explain": true` in the `kv` object adds `usage.kv.explain`. It costs a count of the kept tokens in each layer, and is
+off otherwise. The prompt is cut into at most {bins} bins of equal width (the last may be narrower), the model into at
+most {groups} groups of consecutive layers. One prompt a request can be explained; its text is repeated in the answer
+to that request, and nowhere else. The value is null where a worker of an older release does not say.
+
+| field | meaning |
+| --- | --- |
+| `bin_tokens` | Prompt tokens to a bin. |
+| `texts` | The prompt's text, bin by bin. |
+| `groups[].first_layer`, `.last_layer` | The layers of a group. |
+| `groups[].kept_tokens` | Prompt tokens kept there, mean over its layers and KV heads. |
+| `groups[].shares` | For each bin, the share of (layer, KV head, token) that was kept, from 0 to 1. |
+
+The [console](console.md) draws it.
+"""
 
 
 def recipes_page() -> str:
     usage = _table(("field", "meaning"), USAGE_FIELDS.items())
-    parts = [INTRODUCTION, *_recipes(), *_options(), *_constants(), *_codecs(), *_policy(), USAGE, usage]
+    explain = EXPLAIN.format(bins=MAX_BINS, groups=MAX_GROUPS)
+    parts = [INTRODUCTION, *_recipes(), *_options(), *_constants(), *_codecs(), *_policy(), USAGE, usage, explain]
     return "\n".join(parts)
 
 

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 FOLDER = Path(__file__).resolve().parent
 # A router reads models as workers do, GGUF files too.
-IMAGES = {"router": ("packlight", "gguf"), "worker": ("packlight[engine]",)}
+IMAGES = {"router": ("packlight[traces]", "gguf"), "worker": ("packlight[engine,traces]",)}
 
 
 def main() -> None:

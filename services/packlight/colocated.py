@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from prometheus_client import CollectorRegistry
 
 from packlight.core.config import Config, PrefillConfig
 from packlight.core.types import LocalPrefill, Role, WorkerId
 from packlight.decode.worker import DecodeWorker
 from packlight.engine.build import build_model, build_runner
 from packlight.engine.compute import Compute
+from packlight.engine.health import HealthServer
 from packlight.engine.host import WorkerProcess, run_until
 from packlight.fleet.heart import worker_identity
 from packlight.fleet.registry import build_fleet
@@ -29,6 +29,7 @@ from packlight.prefill.worker import PrefillWorker
 from packlight.prefix.base import Holder, PrefixIndex
 from packlight.prefix.registry import build_index
 from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics
+from packlight.telemetry.traces import NO_TRACER, Traces, open_traces
 from packlight.wire.channel import Channels
 from packlight.wire.decode import decode_handler
 from packlight.wire.prefill import GrpcPrefillClient
@@ -50,14 +51,15 @@ class PrefillBeside:
         compute: Compute,
         index: PrefixIndex,
         metrics: PrefillMetrics,
+        traces: Traces | None = None,
     ) -> None:
         """`identity` is the decode worker's id and generation. Raises ConfigError if not one block fits."""
         holder = Holder(local_id(identity[0]), identity[1])
         section = _section(config)
         self.worker_id, self._max_stall_s = holder.worker_id, config.decode.max_stall_s
-        self.worker = PrefillWorker(
-            section, build_runner(model, config.model.device, config.kv, section), compute, metrics=metrics
-        )
+        runner = build_runner(model, config.model.device, config.kv, section)
+        tracer = traces.tracer(Role.PREFILL, self.worker_id) if traces else NO_TRACER
+        self.worker = PrefillWorker(section, runner, compute, metrics=metrics, tracer=tracer)
         self._publisher = Publisher(index, model.spec.fingerprint, holder, self.worker.blocks.cache.prefixes)
         self.worker.blocks.inventory = self._publisher
 
@@ -76,7 +78,18 @@ async def serve(
     config: Config, environ: Mapping[str, str], stop: asyncio.Event, on_progress: Callable[[str], None]
 ) -> None:
     """Runs until `stop`. Raises StartupError if it cannot start."""
-    section = config.decode
+    with HealthServer(Role.DECODE, config.decode) as http:
+        await _serve(config, environ, stop, on_progress, http)
+
+
+async def _serve(
+    config: Config,
+    environ: Mapping[str, str],
+    stop: asyncio.Event,
+    on_progress: Callable[[str], None],
+    http: HealthServer,
+) -> None:
+    section, traces = config.decode, open_traces(config.telemetry)
     identity = worker_identity(Role.DECODE, section, environ)
     fleet = build_fleet(config.fleet, environ, time.monotonic)
     index = build_index(config.index, environ, time.monotonic) if section.local_prefill.kv_memory_bytes else None
@@ -84,12 +97,12 @@ async def serve(
         torch.set_num_threads(section.threads)
     opened = open_model(config.model, on_progress=on_progress)
     model = build_model(opened, config.model, Role.DECODE, on_progress=on_progress)
-    registry, channels = CollectorRegistry(), Channels()
+    channels = Channels()
     compute, beside = Compute("decode", max_stall_s=section.max_stall_s), None
     if index is not None:
         # The fake model computes differently by role; a real one is shared.
         twin = model if opened.folder else build_model(opened, config.model, Role.PREFILL, on_progress=on_progress)
-        beside = PrefillBeside(config, identity, twin, compute, index, PrefillMetrics(registry))
+        beside = PrefillBeside(config, identity, twin, compute, index, PrefillMetrics(http.registry), traces)
 
     def prefill_client(worker_id: WorkerId, address: str) -> PrefillWorker | GrpcPrefillClient:
         if beside is not None and worker_id == beside.worker_id:
@@ -97,7 +110,9 @@ async def serve(
         return GrpcPrefillClient(channels.get(address), worker_id)
 
     runner = build_runner(model, config.model.device, config.kv, section)
-    worker = DecodeWorker(section, runner, compute, prefill_client, metrics=DecodeMetrics(registry))
+    metrics, tracer = DecodeMetrics(http.registry), traces.tracer(Role.DECODE, identity[0])
+    worker = DecodeWorker(section, runner, compute, prefill_client, metrics=metrics, tracer=tracer)
+    worker.prepare(on_progress)
     process = WorkerProcess(
         config,
         section,
@@ -107,7 +122,7 @@ async def serve(
         fleet,
         identity=identity,
         spec=model.spec,
-        registry=registry,
+        http=http,
         environ=environ,
         also=beside.beat if beside else None,
         offer=beside.offer if beside else None,
@@ -119,6 +134,7 @@ async def serve(
         if index is not None:
             await index.close()
         compute.close()
+        await asyncio.to_thread(traces.close)
 
 
 def _section(config: Config) -> PrefillConfig:

@@ -34,6 +34,7 @@ from packlight.router.pipeline import Pipeline
 from packlight.router.server import listen, ready_message, serve_http
 from packlight.router.service import ServedModel
 from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics, RouterMetrics
+from packlight.telemetry.traces import open_traces
 
 PREFILL_ID, DECODE_ID = "prefill", "decode"
 
@@ -43,6 +44,7 @@ class Embedded:
 
     def __init__(self, config: Config, opened: OpenedModel, on_progress: Callable[[str], None]) -> None:
         self._config, registry = config, CollectorRegistry()
+        self._traces = open_traces(config.telemetry)
         self._compute = Compute(max_stall_s=config.decode.max_stall_s)
         if config.prefill.threads or config.decode.threads:
             torch.set_num_threads(max(config.prefill.threads or 1, config.decode.threads or 1))
@@ -55,6 +57,7 @@ class Embedded:
             build_runner(model, device, config.kv, config.prefill),
             self._compute,
             metrics=PrefillMetrics(registry),
+            tracer=self._traces.tracer(Role.PREFILL, PREFILL_ID),
         )
         self.decode = DecodeWorker(
             config.decode,
@@ -62,7 +65,9 @@ class Embedded:
             self._compute,
             lambda worker_id, address: self.prefill,
             metrics=DecodeMetrics(registry),
+            tracer=self._traces.tracer(Role.DECODE, DECODE_ID),
         )
+        self.decode.prepare(on_progress)
         self.index = build_index(IndexConfig(backend="memory"), {}, time.monotonic)
         fleet = build_fleet(FleetConfig(backend="memory", ttl_s=config.fleet.ttl_s), {}, time.monotonic)
         holder = Holder(PREFILL_ID, 1)
@@ -83,8 +88,9 @@ class Embedded:
         self.view = FleetView(fleet, poll_s=period_s, suspect_s=config.fleet.ttl_s, clock=time.monotonic)
         metrics = RouterMetrics(registry)
         clients = LocalDecodeClients({DECODE_ID: self.decode})
-        self.pipeline = Pipeline(config.router, self.spec, self.index, self.view, clients, metrics)
-        self.app = build_app(config, ServedModel(self.spec, opened.tokenizer), self.pipeline, metrics)
+        tracer = self._traces.tracer("router", "router")
+        self.pipeline = Pipeline(config.router, self.spec, self.index, self.view, clients, metrics, tracer=tracer)
+        self.app = build_app(config, ServedModel(self.spec, opened.tokenizer), self.pipeline, metrics, tracer=tracer)
 
     async def start(self) -> None:
         """Both workers are on the board, and the router has seen them."""
@@ -101,6 +107,7 @@ class Embedded:
     async def close(self) -> None:
         await self.view.close()
         self._compute.close()
+        await asyncio.to_thread(self._traces.close)
 
 
 async def serve(config: Config, stop: asyncio.Event, on_progress: Callable[[str], None]) -> None:

@@ -27,6 +27,7 @@ from packlight.core.types import (
     FinishReason,
     GenerateEvent,
     GenerateRequest,
+    PackSpec,
     Progress,
     Role,
     SamplingParams,
@@ -122,6 +123,15 @@ async def test_log_probabilities_and_stop_rules_cross(reach):
         assert token.logprob == pytest.approx(token.top_logprobs[0][1])
         assert token.token_id == token.top_logprobs[0][0]
         assert len(token.top_logprobs) == 2
+
+
+async def test_where_the_kept_tokens_lie_is_told_to_who_asks(reach):
+    pack = PackSpec("streaming_llm", budget_tokens=8, window=4, sinks=2)
+    async with fake_pair() as pair, reach(pair.decode) as client:
+        _, asked = await collect(client, make_request(PROMPT, pack=pack, explain=True))
+        _, not_asked = await collect(client, make_request(PROMPT, pack=pack))
+    assert list(asked.usage.kv.kept_map.shares) == [255] * 2 + [0] * 3 + [255] * 6
+    assert not_asked.usage.kv.kept_map is None
 
 
 async def test_many_at_once(reach):

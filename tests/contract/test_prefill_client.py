@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
@@ -32,6 +33,7 @@ from packlight.core.shipping import (
     PrefillClient,
     PrefillEvent,
     Shipped,
+    Waiting,
 )
 from packlight.core.types import PackSpec, PrefillRequest, SamplingParams, Token
 from packlight.engine.compute import Compute
@@ -96,6 +98,17 @@ async def test_a_whole_shipment_in_order(reach):
     assert accepted.compatibility == pair.decode.compatibility
     assert len(payload_of(events)) == shipped.shipped_bytes == 3 * 4 * 2 * 2 * 4
     assert FirstToken(Token(fake_answer(PROMPT, 1)[0]), 0) in events
+
+
+async def test_where_the_kept_tokens_lie_is_told_to_who_asks(reach):
+    pack = PackSpec("streaming_llm", budget_tokens=10, window=4, sinks=2)
+    async with fake_pair() as pair, reach(pair.prefill) as client:
+        asked = await events_of(client, request_for(LONG, pack=pack, explain=True))
+        not_asked = await events_of(client, request_for(LONG, pack=pack))
+    kept = asked[-1].kept_map
+    assert (kept.num_tokens, kept.bin_tokens, kept.num_kept_tokens) == (40, 1, (10.0,))
+    assert list(kept.shares) == [255] * 2 + [0] * 30 + [255] * 8
+    assert not_asked[-1].kept_map is None
 
 
 async def test_every_way_ships_the_same_bytes():
@@ -216,6 +229,56 @@ async def test_an_exception_of_the_worker_is_an_internal_error():
     async with over_grpc(Scripted([], KeyError("boom"))) as client:
         with pytest.raises(InternalError, match="boom"):
             await events_of(client, request_for(PROMPT))
+
+
+async def test_what_prompts_have_in_common_is_computed_once_though_they_come_at_once(reach):
+    config = PrefillConfig(chunk_tokens=16)
+    async with fake_pair(prefill=config) as pair, reach(pair.prefill) as client:
+        pair.prefill_gate.is_open = False
+        prompts = [[*LONG, 50 + number, 60] for number in range(4)]
+        asked = [
+            asyncio.create_task(events_of(client, request_for(prompt, request_id=str(number))))
+            for number, prompt in enumerate(prompts)
+        ]
+        await until(lambda: pair.prefill.num_unfinished == 4)
+        pair.prefill_gate.let_all()
+        firsts = [next(e for e in events if isinstance(e, FirstToken)) for events in await asyncio.gather(*asked)]
+        assert [first.num_cached_tokens for first in firsts] == [0, 40, 40, 40]
+        assert [first.token.token_id for first in firsts] == [fake_answer(prompt, 1)[0] for prompt in prompts]
+
+
+async def test_whoever_waited_for_a_prompt_that_was_cancelled_computes_the_rest(reach):
+    config = PrefillConfig(chunk_tokens=16)
+    async with fake_pair(prefill=config) as pair, reach(pair.prefill) as client:
+        pair.prefill_gate.is_open = False
+        first = asyncio.create_task(events_of(client, request_for([*LONG, 50], request_id="1")))
+        await until(lambda: pair.prefill.load().num_running == 1)
+        second = asyncio.create_task(events_of(client, request_for([*LONG, 51], request_id="2")))
+        await until(lambda: pair.prefill.load().num_queued == 1)
+        pair.prefill_gate.permits.release()
+        await until(lambda: pair.prefill._admitted[0].num_done == 16)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await until(lambda: pair.prefill._admitted[0].cancelled)
+        pair.prefill_gate.let_all()
+        begun = next(e for e in await second if isinstance(e, FirstToken))
+        assert begun.num_cached_tokens == 32  # two steps: one was running when the other left
+        assert begun.token.token_id == fake_answer([*LONG, 51], 1)[0]
+
+
+async def test_a_queue_is_not_a_silence(reach):
+    """Each look at the clock finds it three seconds later."""
+    ticks = itertools.count(step=3.0)
+    config = PrefillConfig(chunk_tokens=4)
+    async with fake_pair(prefill=config, prefill_clock=lambda: next(ticks)) as pair, reach(pair.prefill) as client:
+        both = await asyncio.gather(
+            events_of(client, request_for(LONG)), events_of(client, request_for(LONG[::-1], request_id="behind"))
+        )
+    for events, least in zip(both, (5, 15), strict=True):
+        at = next(at for at, event in enumerate(events) if isinstance(event, Accepted))
+        assert at >= least
+        assert set(map(type, events[:at])) == {Waiting}
+        assert not any(isinstance(event, Waiting) for event in events[at:])
 
 
 async def test_refusals(reach):

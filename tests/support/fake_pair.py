@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ from packlight.models.fake import DECODE_BIAS, PREFILL_BIAS, FakeModel
 from packlight.models.fake_spec import fake_spec
 from packlight.prefill.worker import PrefillWorker
 from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics
+from packlight.telemetry.traces import NoTraces, Traces
 
 PAGE = 4
 
@@ -100,6 +102,8 @@ async def fake_pair(
     decode_blocks: int = 64,
     client: Callable[[PrefillWorker], PrefillClient] | None = None,
     shared: Compute | None = None,
+    prefill_clock: Callable[[], float] = time.monotonic,
+    traces: Traces | None = None,
 ) -> AsyncIterator[FakePair]:
     """Both workers, running. `client` puts something between decode and prefill; `shared` has them share a thread."""
     steps: list[str] = []
@@ -110,6 +114,8 @@ async def fake_pair(
         fake_runner(PREFILL_BIAS, prefill_blocks, gates[0]),
         computes[0],
         metrics=PrefillMetrics(CollectorRegistry()),
+        tracer=(traces or NoTraces()).tracer("prefill", "prefill-0"),
+        clock=prefill_clock,
     )
     reached = client(prefill_worker) if client else prefill_worker
     decode_worker = DecodeWorker(
@@ -118,6 +124,7 @@ async def fake_pair(
         computes[1],
         lambda worker_id, address: reached,
         metrics=DecodeMetrics(CollectorRegistry()),
+        tracer=(traces or NoTraces()).tracer("decode", "decode-0"),
     )
     pair = FakePair(prefill_worker, decode_worker, *gates)
     try:

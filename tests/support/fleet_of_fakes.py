@@ -44,6 +44,7 @@ from packlight.prefix.base import Holder, PrefixIndex
 from packlight.prefix.memory import MemoryPrefixIndex
 from packlight.router.pipeline import Pipeline
 from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics, RouterMetrics
+from packlight.telemetry.traces import NoTraces, Tracer, Traces
 from tests.support.clock import FakeClock
 from tests.support.fake_pair import PAGE, Gate, fake_runner, running, until
 
@@ -127,13 +128,22 @@ class Member:
 class FleetOfFakes:
     """`fleet["prefill-0"]` is a member; `pipeline` is the router's."""
 
-    def __init__(self, members: list[Member], index: PrefixIndex, config: RouterConfig, seed: int) -> None:
+    def __init__(
+        self, members: list[Member], index: PrefixIndex, config: RouterConfig, seed: int, tracer: Tracer
+    ) -> None:
         self.members = {member.worker_id: member for member in members}
         self.index, self.clock, self.registry = index, FakeClock(), CollectorRegistry()
         self.board = MemoryFleet(5.0, self.clock)
         self.view = FleetView(self.board, poll_s=1.0, suspect_s=5.0, clock=self.clock)
         self.pipeline = Pipeline(
-            config, fake_spec(), index, self.view, self, RouterMetrics(self.registry), random=Random(seed)
+            config,
+            fake_spec(),
+            index,
+            self.view,
+            self,
+            RouterMetrics(self.registry),
+            random=Random(seed),
+            tracer=tracer,
         )
 
     def __getitem__(self, worker_id: WorkerId) -> Member:
@@ -190,16 +200,19 @@ async def fleet_of_fakes(
     index: PrefixIndex | None = None,
     local_tokens: int = 0,
     seed: int = 0,
+    traces: Traces | None = None,
 ) -> AsyncIterator[FleetOfFakes]:
     """All on the board and seen by the router. Afterwards nothing may be held anywhere. Decode workers prefill prompts
     of up to `local_tokens` themselves."""
     index = index or MemoryPrefixIndex(1000)
-    members = [_prefill_member(number, prefill or PrefillConfig(), index) for number in range(num_prefill)]
+    traces = traces or NoTraces()
+    members = [_prefill_member(number, prefill or PrefillConfig(), index, traces) for number in range(num_prefill)]
     prefills = {member.worker_id: member.link for member in members}
     members += [
-        _decode_member(number, decode or DecodeConfig(), prefills, index, local_tokens) for number in range(num_decode)
+        _decode_member(number, decode or DecodeConfig(), prefills, index, local_tokens, traces)
+        for number in range(num_decode)
     ]
-    fleet = FleetOfFakes(members, index, router or RouterConfig(), seed)
+    fleet = FleetOfFakes(members, index, router or RouterConfig(), seed, traces.tracer("router", "router"))
     try:
         async with running(*(member.run() for member in members)):
             await fleet.beat()
@@ -214,10 +227,11 @@ async def fleet_of_fakes(
             member.compute.close()
 
 
-def _prefill_member(number: int, config: PrefillConfig, index: PrefixIndex) -> Member:
+def _prefill_member(number: int, config: PrefillConfig, index: PrefixIndex, traces: Traces) -> Member:
     worker_id, gate, compute = f"prefill-{number}", Gate(), Compute(f"prefill-{number}")
     runner = fake_runner(PREFILL_BIAS, 64, gate)
-    worker = PrefillWorker(config, runner, compute, metrics=PrefillMetrics(CollectorRegistry()))
+    metrics, tracer = PrefillMetrics(CollectorRegistry()), traces.tracer("prefill", worker_id)
+    worker = PrefillWorker(config, runner, compute, metrics=metrics, tracer=tracer)
     holder = Holder(worker_id, 1)
     publisher = Publisher(index, fake_spec().fingerprint, holder, worker.blocks.cache.prefixes)
     worker.blocks.inventory = publisher
@@ -226,7 +240,12 @@ def _prefill_member(number: int, config: PrefillConfig, index: PrefixIndex) -> M
 
 
 def _decode_member(
-    number: int, config: DecodeConfig, prefills: dict[WorkerId, Link], index: PrefixIndex, local_tokens: int
+    number: int,
+    config: DecodeConfig,
+    prefills: dict[WorkerId, Link],
+    index: PrefixIndex,
+    local_tokens: int,
+    traces: Traces,
 ) -> Member:
     worker_id, gate = f"decode-{number}", Gate()
     compute = Compute(worker_id, max_stall_s=config.max_stall_s)
@@ -239,6 +258,7 @@ def _decode_member(
         compute,
         lambda prefill_id, address: reachable[prefill_id],
         metrics=DecodeMetrics(CollectorRegistry()),
+        tracer=traces.tracer("decode", worker_id),
     )
     identity = Identity(worker_id, 1, Role.DECODE, f"{worker_id}:1")
     return Member(worker, Link(worker, worker_id), gate, compute, identity, beside=beside, local=local)

@@ -33,21 +33,21 @@ class PagedRows:
         dtype=torch.float32,
         seed=0,
         codec=None,
+        device="cpu",
     ):
         self.generator = torch.Generator().manual_seed(seed)
         self.num_layers, self.num_kv_heads = len(lengths[0]), len(lengths[0][0])
         self.num_heads, self.head_dim, self.page_size, self.dtype = num_heads, head_dim, page_size, dtype
+        self.device, memory = device, {"page_size": page_size, "dtype": dtype, "device": device}
         spec = model_spec(self.num_layers, self.num_kv_heads, head_dim)
         if codec is None:
-            self.pool = KVPool(spec, num_blocks=num_blocks, page_size=page_size, dtype=dtype)
+            self.pool = KVPool(spec, num_blocks=num_blocks, **memory)
             self.pool.k.fill_(1e4)
             self.pool.v.fill_(1e4)
         else:
             num_open = len(lengths) * self.num_layers * self.num_kv_heads
-            self.pool = CodedPool(
-                spec, codec, num_blocks=num_blocks, max_open_pages=num_open, page_size=page_size, dtype=dtype
-            )
-        self.summaries = PageSummaries(self.pool.num_head_pages, head_dim, dtype)
+            self.pool = CodedPool(spec, codec, num_blocks=num_blocks, max_open_pages=num_open, **memory)
+        self.summaries = PageSummaries(self.pool.num_head_pages, head_dim, dtype, device)
         self.table = HeadPageTable(
             PageBook(self.pool.num_head_pages),
             num_rows=len(lengths) + 2,
@@ -76,14 +76,15 @@ class PagedRows:
                     k_pages[page, : counts[-1]] = k[start : start + self.page_size]
                     v_pages[page, : counts[-1]] = v[start : start + self.page_size]
                     page += 1
-            self.pool.write_pages(pages, k_pages, v_pages, torch.tensor(counts))
-            self.summaries.build(pages, k_pages, torch.tensor(counts))
+            filled = [x.to(self.device) for x in (pages, k_pages, v_pages, torch.tensor(counts))]
+            self.pool.write_pages(*filled)
+            self.summaries.build(*(filled[index] for index in (0, 1, 3)))
         return row
 
     def new_tokens(self, rows):
         """q, k, v of one step: `[layers, B, heads, D]`."""
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        return [self.random(self.num_layers, len(rows), count, self.head_dim) for count in heads]
+        return [self.random(self.num_layers, len(rows), count, self.head_dim).to(self.device) for count in heads]
 
     def step(self, backend, rows, reads=(), tokens=None, *, windows=None, on_layer=None):
         """One decode step; the outputs of all layers `[layers, B, heads, D]`. `stored` follows."""
@@ -101,7 +102,7 @@ class PagedRows:
         return torch.stack(outputs)
 
     def _store(self, row, layer, head, k_D, v_D):
-        place = self.table.overwrite[row, layer, head]
+        place, k_D, v_D = self.table.overwrite[row, layer, head], k_D.cpu(), v_D.cpu()
         old = self.stored[row, layer, head]
         if place < 0:
             self.stored[row, layer, head] = tuple(
@@ -120,7 +121,7 @@ class PagedRows:
 
     def expected(self, row, layer, q_HD, chosen=None, window=None):
         """Attention of one token over what is stored by now, or over the chosen pages of each head, the slow way."""
-        group = self.num_heads // self.num_kv_heads
+        group, q_HD = self.num_heads // self.num_kv_heads, q_HD.cpu()
         out_HD = torch.zeros(q_HD.shape)
         for head in range(self.num_heads):
             k, v = (x.float() for x in self.stored[row, layer, head // group])

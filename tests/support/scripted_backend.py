@@ -24,6 +24,7 @@ from packlight.core.types import (
     Token,
     Tokens,
     Usage,
+    WorkerInfo,
 )
 from packlight.router.service import Readiness
 
@@ -87,6 +88,7 @@ class ScriptedBackend:
     def __init__(self, script: Script | Sequence[Step] = ()) -> None:
         self.script = script
         self.readiness_now = Readiness(True, {"decode_workers": 1, "prefill_workers": 1, "index_available": True})
+        self.workers_now: tuple[WorkerInfo, ...] = ()
         self.requests: list[GenerateRequest] = []
         self.num_steps: dict[str, int] = {}
         self.ended: dict[str, str] = {}
@@ -94,6 +96,9 @@ class ScriptedBackend:
 
     def readiness(self) -> Readiness:
         return self.readiness_now
+
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        return self.workers_now
 
     async def generate(self, request: GenerateRequest, plan: Plan | None = None) -> AsyncGenerator[GenerateEvent, None]:
         self.requests.append(request)

@@ -57,6 +57,7 @@ def use_everything(registry: CollectorRegistry) -> None:
     decode.observe_transfer(0.01)
     decode.observe_first_step(0.005)
     decode.observe_stall(0.1)
+    decode.count_graph_step("replayed")
 
 
 @pytest.fixture

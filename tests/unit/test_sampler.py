@@ -11,7 +11,7 @@ from packlight.core.errors import InternalError
 from packlight.core.hashing import counter_uniform
 from packlight.core.types import SamplingParams, Token
 from packlight.engine import sampler
-from packlight.engine.sampler import PenaltyState, SampleRow, sample
+from packlight.engine.sampler import PenaltyState, SampleRow, sample, sample_on_device
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -262,3 +262,54 @@ def test_tiny_temperature_is_greedy_and_does_not_overflow():
 def test_noise_at_its_limits_draws_a_possible_token(monkeypatch, noise, expected):
     monkeypatch.setattr(sampler, "counter_uniform", lambda seed, position: noise)
     assert draw([-torch.inf, -torch.inf, 0.0, 0.0, -torch.inf], SamplingParams(), [0]) == [expected]
+
+
+# ── many rows at once ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.sampled_from([-math.inf, -3.0, 0.0, 0.5, 0.5000001, 1.0, 4.0, 30.0]), min_size=2, max_size=40).filter(
+        lambda logits: max(logits) > -math.inf
+    ),
+    st.lists(params_strategy, min_size=1, max_size=4),
+    st.integers(0, 10_000),
+)
+def test_rows_drawn_at_once_are_rows_drawn_alone(logits, params, position):
+    """Where the noise is not within rounding of the border between two tokens."""
+    rows = [SampleRow(each, position + index) for index, each in enumerate(params)]
+    logits_RV = torch.tensor(logits).expand(len(rows), -1)
+    together, alone = sample_on_device(logits_RV, rows), sample(logits_RV, rows)
+    for row, one, other in zip(rows, together, alone, strict=True):
+        _, margin = oracle_token(oracle_probabilities(logits, row.params), row.params, row.position)
+        assert one == other or margin < 1e-12
+
+
+def test_a_large_vocabulary_at_once_with_rows_of_every_kind():
+    """Greedy, filtered, penalised, with logprobs, broken: each as if it were alone."""
+    logits_RV = 4 * torch.randn(9, 49_152, generator=torch.Generator().manual_seed(3))
+    logits_RV[7, 5] = torch.nan
+    rows = [
+        SampleRow(GREEDY, 5),
+        SampleRow(SamplingParams(seed=1), 5),
+        SampleRow(SamplingParams(seed=1, top_p=0.9), 5),
+        SampleRow(SamplingParams(seed=2, top_k=40, min_p=0.01, temperature=0.3), 900),
+        SampleRow(SamplingParams(seed=2, top_k=1), 900),
+        SampleRow(SamplingParams(repetition_penalty=1.3), 7, PenaltyState([1, 2], [3])),
+        SampleRow(SamplingParams(seed=4, num_logprobs=2), 8),
+        SampleRow(SamplingParams(seed=5), 9),
+        SampleRow(SamplingParams(temperature=0.0), 8, banned_token_ids=(4,)),
+    ]
+    together, alone = sample_on_device(logits_RV, rows), sample(logits_RV, rows)
+    assert isinstance(together.pop(7), InternalError)
+    assert isinstance(alone.pop(7), InternalError)
+    assert together == alone
+    assert sample_on_device(logits_RV[:0], []) == []
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0 - 2.0**-53])
+def test_noise_at_its_limits_draws_a_possible_token_at_once(monkeypatch, noise):
+    monkeypatch.setattr(sampler, "counter_uniform", lambda seed, position: noise)
+    logits_RV = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]])
+    for params in (SamplingParams(), SamplingParams(top_p=0.999), SamplingParams(min_p=0.01)):
+        assert sample_on_device(logits_RV, [SampleRow(params, 1)]) == [Token(1 if noise == 0.0 else 3)]

@@ -46,6 +46,18 @@ spec:
 {{- end }}
 {{- end }}
 
+{{/* Nothing unless spans are sent. */}}
+{{- define "packlight.toCollector" -}}
+{{- if eq (dig "telemetry" "traces" "none" .Values.config) "otlp" }}
+- to:
+    {{- toYaml .Values.networkPolicy.tracesTo | nindent 4 }}
+  ports:
+    {{- range .Values.networkPolicy.tracesPorts }}
+    - {protocol: TCP, port: {{ int . }}}
+    {{- end }}
+{{- end }}
+{{- end }}
+
 {{/* (dict "root" $ "port" "metrics") */}}
 {{- define "packlight.fromMonitoring" -}}
 {{- with .root.Values.networkPolicy.metricsFrom }}
@@ -91,6 +103,9 @@ spec:
   egress:
     {{- include "packlight.toDns" . | nindent 4 }}
     {{- include "packlight.toRedis" . | nindent 4 }}
+    {{- with include "packlight.toCollector" . | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
     - to:
         {{- include "packlight.peer" $decode | nindent 8 }}
       ports:
@@ -111,6 +126,9 @@ spec:
   egress:
     {{- include "packlight.toDns" . | nindent 4 }}
     {{- include "packlight.toRedis" . | nindent 4 }}
+    {{- with include "packlight.toCollector" . | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
     - to:
         {{- include "packlight.peer" $prefill | nindent 8 }}
       ports:
@@ -134,6 +152,9 @@ spec:
   egress:
     {{- include "packlight.toDns" . | nindent 4 }}
     {{- include "packlight.toRedis" . | nindent 4 }}
+    {{- with include "packlight.toCollector" . | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
     {{- with include "packlight.transfer" (merge (dict "direction" "to") $decode) | trim }}
     {{- . | nindent 4 }}
     {{- end }}

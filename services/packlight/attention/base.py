@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -94,4 +94,38 @@ class AttentionPlan(Protocol):
 class AttentionBackend(Protocol):
     def plan(self, batch: PrefillBatch | DecodeBatch) -> AttentionPlan:
         """Prepare one step. The plan is valid until the batch's tables change."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedShape:
+    """Decode steps that one fixed plan can be loaded with: exactly `num_rows` rows, no more than `num_pages` pages in
+    any head, in all layers that attend alike the same lengths. With a `reading` every row has one of the same rule that
+    reads no more pages and has as many dense layers."""
+
+    num_rows: int
+    num_pages: int
+    reading: Reading | None = None
+
+
+class FixedPlan(AttentionPlan, Protocol):
+    """A plan for many steps, all of whose memory stays where it is: what `attend` does on the device can be captured
+    once and replayed after every `load`. It learns in its first step which layers attend alike."""
+
+    def load(self, batch: DecodeBatch) -> None:
+        """Make it the plan of this step. Pool, table and summaries are those it was made with. `on_layer` is not
+        called."""
+        ...
+
+
+@runtime_checkable
+class FixedBackend(AttentionBackend, Protocol):
+    """A backend whose steps can be captured."""
+
+    def reserve(self, table: HeadPageTable, pool: PackedPool, num_pages: int) -> None:
+        """No head of the table will ever hold more pages: what is kept of it may stay where it is from now on."""
+        ...
+
+    def fixed_plan(self, batch: DecodeBatch, shape: FixedShape) -> FixedPlan:
+        """`batch` is one that the plan could be loaded with. Room was reserved for its table."""
         ...

@@ -16,7 +16,7 @@ from torch import Tensor
 from packlight.kv.table import Int32s
 
 _ORDINAL_BITS = 32
-_ORDINAL = 2**_ORDINAL_BITS - 1
+ORDINAL = 2**_ORDINAL_BITS - 1
 
 
 class PageChoice:
@@ -40,15 +40,15 @@ class PageChoice:
     def best(self, scores_NKM: Tensor) -> Tensor:
         """Page ordinals int64 `[N, K, C]`, ascending; heads that read fewer than C repeat their last page. Scores are
         finite."""
-        keys_NKM = _keys(scores_NKM + self._bias_NKM) | self._places_M
-        ordinals_NKC: Tensor = self._top - (_largest(keys_NKM, self._width) & _ORDINAL)
+        keys_NKM = ordered_keys(scores_NKM + self._bias_NKM) | self._places_M
+        ordinals_NKC: Tensor = self._top - (_largest(keys_NKM, self._width) & ORDINAL)
         if self._is_even:
             return ordinals_NKC.sort(dim=-1).values
         ordinals_NKC = ordinals_NKC.masked_fill_(self._is_unread_NKC, self._top).sort(dim=-1).values
         return torch.minimum(ordinals_NKC, self._last_NK1)
 
 
-def _keys(scores_NKM: Tensor) -> Tensor:
+def ordered_keys(scores_NKM: Tensor) -> Tensor:
     """int64 that order as the scores do. The lower half is left free for what decides among equal scores, of which no
     library promises an order. A score of 0 must not be the negative one.
 

@@ -8,6 +8,7 @@ from packlight.core.registry import Registry
 
 NATIVE: Final = "cpu"
 TORCH: Final = "sdpa"
+FLASHINFER: Final = "flashinfer"
 AUTO: Final = "auto"  # not a backend: whoever builds one chooses
 
 BACKENDS = Registry(
@@ -16,5 +17,6 @@ BACKENDS = Registry(
         "reference": "packlight.attention.reference:ReferenceAttention",
         NATIVE: "packlight.attention.cpu:CpuAttention",
         TORCH: "packlight.attention.sdpa:SdpaAttention",
+        FLASHINFER: "packlight.attention.flashinfer.backend:FlashInferAttention",
     },
 )

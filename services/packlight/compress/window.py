@@ -12,7 +12,7 @@ one exponential per score. Memory is the weights of the rows in hand, about `MAX
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ class WindowAttention(NamedTuple):
 
     mass_KS: Tensor
     lse_WH: Tensor
+
+
+class StoredWindow(Protocol):
+    """Who works the attention out over keys that lie in a pool."""
+
+    def attend(self, layer: int, q_WHD: Tensor, blocks: Tensor, num_tokens: int, scale: float) -> WindowAttention:
+        """Of the first `num_tokens` tokens of `blocks`, int64, the last W of which `q_WHD` belongs to."""
+        ...
 
 
 class Spread(NamedTuple):

@@ -27,6 +27,7 @@ class Weights(StrEnum):
     NATIVE = "native"
     INT8 = "int8"
     INT4 = "int4"
+    DUMMY = "dummy"
 
 
 class Section(BaseModel):
@@ -49,7 +50,9 @@ class ModelConfig(Section):
         description="How weights lie in memory on a CPU: `native` (as `dtype`), `int8` (a scale per output), or `int4` "
         "(groups of 32; embedding and head stay int8), quantised once at load. Fewer bytes are read per token, and "
         "answers change a little. KV is the same kind in all three, so prefill and decode workers of one fleet may "
-        "differ: `native` where prompts are read, `int4` where answers are written.",
+        "differ: `native` where prompts are read, `int4` where answers are written. `dummy`: random numbers in the shape "
+        "of `path`, which is then a folder with a `config.json`, or `llama-3.1-8b`, `qwen3-8b` or `qwen3-30b-a3b`; to "
+        "measure without weights.",
     )
     device: str = Field("cpu", description="A torch device: `cpu`, `cuda`, `cuda:1`.")
     max_context: int | None = Field(
@@ -118,6 +121,16 @@ class KVConfig(Section):
 class RouterConfig(Section):
     host: str = Field("127.0.0.1", description="Address the HTTP API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port of the HTTP API; 0 picks a free one.")
+    api_keys_file: str | None = Field(
+        None,
+        description="A file of API keys, one a line; requests then need one as `Authorization: Bearer <key>`. Read again "
+        "when it changes. Health, metrics and the console's page stay open. None: everybody may ask.",
+    )
+    console: bool = Field(
+        True,
+        description="Serve the console at `/`: a page to try the server with. Its data needs an API key where one is "
+        "asked for.",
+    )
     max_inflight: int = Field(256, ge=1, description="Requests accepted and unfinished at once; one more gets 429.")
     default_max_tokens: int = Field(
         2048,
@@ -138,11 +151,17 @@ class WorkerSection(Section):
         None, description="Address other workers reach this one at. Default: `POD_IP` or `host`, with the port."
     )
     worker_id: str | None = Field(None, description="Default: `POD_NAME`, else role and process id.")
-    metrics_port: int | None = Field(None, ge=0, le=65535, description="Port of `/metrics`; none when unset.")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port of `/metrics` and `/health/{startup,live,ready}`; 0 picks a free one, none when unset.",
+    )
     attention: str = Field(
         "auto",
-        description="Attention backend: `cpu` (native kernels, compiled at the first start), `sdpa` (torch), or "
-        "`reference` (slow, for comparison). `auto`: `cpu` on CPUs where it can be compiled, else `sdpa`.",
+        description="Attention backend: `cpu` (native kernels, compiled at the first start), `flashinfer` (GPUs), "
+        "`sdpa` (torch), or `reference` (slow, for comparison). `auto`: `cpu` on CPUs where it can be compiled, "
+        "`flashinfer` on GPUs where it is installed and has a kernel for the model, else `sdpa`.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of one step. Default: torch's own choice.")
     kv_memory_bytes: int = Field(1 << 30, ge=1 << 16, description="Memory of the KV pool.")
@@ -171,6 +190,22 @@ class LocalPrefillConfig(Section):
     )
 
 
+class GraphsConfig(Section):
+    batch_sizes: list[int] = Field(
+        [1, 2, 4, 8, 16],
+        description="Decode steps with so many requests are captured as CUDA graphs at start, a smaller batch being "
+        "padded. With `flashinfer` only. Empty: no graphs.",
+    )
+    tokens: list[int] = Field(
+        [4096, 32_768],
+        description="For each batch size: steps in which no KV head holds more tokens. Longer ones run eagerly.",
+    )
+    recipes: list[str] = Field(
+        ["rocketkv"], description="Recipes that read some pages only whose steps are captured too."
+    )
+    read_tokens: int = Field(1024, ge=1, description="Most tokens per KV head that such a captured step reads.")
+
+
 class DecodeConfig(WorkerSection):
     kv_memory_bytes: int = Field(2 << 30, ge=1 << 16, description="Memory of the KV pool.")
     max_batch: int = Field(16, ge=1, description="Requests that decode together in one step.")
@@ -182,7 +217,13 @@ class DecodeConfig(WorkerSection):
     transports: list[str] = Field(
         ["inproc", "shm", "grpc"],
         description="KV transports this worker accepts, best first: `inproc` (one process), `shm` (processes of one "
-        "host and user that see each other in /proc), `grpc` (always works). The first that both ends can use is used.",
+        "host and user that see each other in /proc), `grpc` (always works). The first that both ends can use is used. "
+        "Before `grpc`, add `nixl` where hosts share an RDMA network and both ends have NIXL, or `process_group` "
+        "(torch.distributed: NCCL between GPUs, else Gloo) where they do not but the network is fast. Both listen on "
+        "free ports of `host`, and what they cannot carry goes through the stream.",
+    )
+    staging_bytes: int = Field(
+        256 << 20, ge=2 << 20, description="Memory that `nixl` registers to receive into, if it is among `transports`."
     )
     prefill_timeout_s: float = Field(
         60.0, gt=0, description="Longest silence of a prefill worker before the request is tried elsewhere."
@@ -195,6 +236,7 @@ class DecodeConfig(WorkerSection):
         "pages at least), so that the tokens of an answer come that much later at most. Smaller: smoother; larger: "
         "faster prefill.",
     )
+    graphs: GraphsConfig = GraphsConfig()
 
 
 class IndexConfig(Section):
@@ -211,6 +253,26 @@ class FleetConfig(Section):
     ttl_s: float = Field(5.0, gt=0, description="A worker silent for this long is dead.")
 
 
+class TelemetryConfig(Section):
+    traces: Literal["none", "otlp"] = Field(
+        "none",
+        description="Where spans of requests go: nowhere, or by OTLP over gRPC to an OpenTelemetry collector "
+        "(`pip install 'packlight[traces]'`).",
+    )
+    traces_endpoint: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="The collector: `http://host:4317`, or `https://` for TLS. Default: `OTEL_EXPORTER_OTLP_ENDPOINT`, "
+        "else `http://localhost:4317`.",
+    )
+    traces_sample_ratio: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of requests that are traced, of those whose caller has not decided (by a `traceparent`).",
+    )
+
+
 class Config(Section):
     model: ModelConfig = ModelConfig()
     kv: KVConfig = KVConfig()
@@ -219,6 +281,7 @@ class Config(Section):
     decode: DecodeConfig = DecodeConfig()
     index: IndexConfig = IndexConfig()
     fleet: FleetConfig = FleetConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     log_level: str = Field(
         "info", pattern="^(debug|info|warning|error)$", description="Least severe level that is logged."
     )

@@ -2,6 +2,7 @@
 
 Knows the order of events and the manifest. Does not know tensors, protobuf, or how bytes move (`transfer/`).
 
+    Waiting*                       every few seconds until then, as long as the worker gets on with its work
     Accepted                       once, when the last chunk starts: compatibility hash, then the manifest's bytes
     LayerHeader Chunk*             per layer, in order, while the next layer computes
     FirstToken                     as soon as it is sampled: it may overtake layers that are still waiting
@@ -18,9 +19,10 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
+from packlight.core.kept_map import KeptMap
 from packlight.core.types import ModelSpec, PrefillRequest, Token
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,11 @@ class Manifest:
     num_kv_heads: int
     head_dim: int
     num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Nothing of this prompt yet, but the worker steps: a queue is not a silence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,8 @@ class FirstToken:
 @dataclass(frozen=True, slots=True)
 class Shipped:
     """The end of a complete shipment. `shipped_bytes` counts payload, `exact_bytes` the exact KV of the same tokens.
-    `num_grown_tokens` of those kept were added to hold the fidelity floor."""
+    `num_grown_tokens` of those kept were added to hold the fidelity floor. `kept_map` is there if it was asked for.
+    `ship_s` is how long the prefill worker was passing layers on."""
 
     num_layers: int
     shipped_bytes: int
@@ -87,10 +95,12 @@ class Shipped:
     prefill_s: float
     select_s: float
     num_grown_tokens: float = 0.0
+    kept_map: KeptMap | None = None
+    ship_s: float = 0.0
 
 
 ShipFrame = LayerHeader | Chunk
-PrefillEvent = Accepted | LayerHeader | Chunk | FirstToken | Shipped
+PrefillEvent = Waiting | Accepted | LayerHeader | Chunk | FirstToken | Shipped
 
 
 class PrefillClient(Protocol):

@@ -10,11 +10,13 @@ Life of a request, and the events that report it:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from packlight.core.errors import InvalidRequest, PacklightError
+from packlight.core.kept_map import KeptMap
+from packlight.core.trace import TraceContext
 
 RequestId = str
 WorkerId = str
@@ -122,7 +124,8 @@ class GenerateRequest:
 
     `token_ids` is the prompt, followed by tokens already generated when an answer is resumed on another worker;
     `num_prompt_tokens` marks the border, and selection is anchored there. `prefill_address` names the prefill worker
-    that the router chose. `deadline_s` is the time left, in seconds, when the message is sent.
+    that the router chose. `deadline_s` is the time left, in seconds, when the message is sent. `explain` asks for
+    `KVUsage.kept_map`. `trace` is the span of whoever asks.
     """
 
     request_id: RequestId
@@ -135,6 +138,8 @@ class GenerateRequest:
     prefill_id: WorkerId = ""
     prefill_address: str = ""
     deadline_s: float = 600.0
+    explain: bool = False
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +159,8 @@ class PrefillRequest:
     transports: tuple[str, ...] = ("grpc",)
     banned_token_ids: tuple[int, ...] = ()
     deadline_s: float = 600.0
+    explain: bool = False
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +178,7 @@ class KVUsage:
     """What packing did to one request. All token counts are prompt tokens, means over layers and KV heads.
 
     `num_grown_tokens` of those kept were added to hold the fidelity floor. `num_read_tokens` is what a decode step
-    reads at most of those kept."""
+    reads at most of those kept. `kept_map` is there if the request asked for it, once its KV has arrived."""
 
     recipe: str = "none"
     num_kept_tokens: float = 0.0
@@ -181,6 +188,7 @@ class KVUsage:
     codec: str = "native"
     num_grown_tokens: float = 0.0
     num_read_tokens: float = 0.0
+    kept_map: KeptMap | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +290,9 @@ class ModelSpec:
 class WorkerLoad:
     """What a worker says of itself in each heartbeat: enough to predict how long a new request would wait there.
 
-    Prefilling n tokens takes `fixed_s + n / tokens_per_s` of computing; `step_s` is one decode step's. 0 is unknown."""
+    Prefilling n tokens takes `fixed_s + n / tokens_per_s` of computing; `step_s` is one decode step's. 0 is unknown.
+    `ship_bytes_per_s` is what a prefill worker ships to whomever, `link_bytes_per_s` what a decode worker gets from
+    each prefill worker that it has measured."""
 
     num_running: int = 0
     num_queued: int = 0
@@ -293,6 +303,7 @@ class WorkerLoad:
     step_s: float = 0.0
     ship_bytes_per_s: float = 0.0
     fixed_s: float = 0.0
+    link_bytes_per_s: Mapping[WorkerId, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from packlight.compress.budget import max_pages, max_pages_by_layer
 from packlight.compress.evict import capacity
 from packlight.compress.layout import total_pages
+from packlight.compress.recipes import find_recipe
 from packlight.core.errors import QueueFull, RequestNeverFits
 from packlight.core.types import GenerateRequest, ModelSpec
 
@@ -23,10 +24,11 @@ class Needs:
     """Head pages that one request comes to hold by the end of its answer: at most, and once lengths are known.
 
     Resumed tokens arrive with the prompt; new ones are stored by decode. `capacity`: see `compress/evict.py`; None if
-    the request does not evict."""
+    the request does not evict. With several shards of the KV heads every one counts as the fullest: what is free in
+    all of them together is then free in each."""
 
-    def __init__(self, request: GenerateRequest, spec: ModelSpec, page_size: int) -> None:
-        self._pack, self._spec, self._page_size = request.pack, spec, page_size
+    def __init__(self, request: GenerateRequest, spec: ModelSpec, page_size: int, *, num_shards: int = 1) -> None:
+        self._pack, self._spec, self._page_size, self._num_shards = request.pack, spec, page_size, num_shards
         self._windows = spec.sliding_windows or (None,) * spec.num_layers
         self._num_prompt, self._max_tokens = request.num_prompt_tokens, request.stop.max_tokens
         self._num_resumed = len(request.token_ids) - request.num_prompt_tokens
@@ -35,7 +37,10 @@ class Needs:
     def bound(self) -> int:
         """Of all layers, before anything is computed. What a mass floor adds is not in here."""
         if self.capacity is None:
-            return max_pages(self._pack, self._spec, self._num_prompt, self._page_size, num_new_tokens=self._max_tokens)
+            most = max_pages(self._pack, self._spec, self._num_prompt, self._page_size, num_new_tokens=self._max_tokens)
+            recipe = find_recipe(self._pack.recipe)
+            # Where heads compete all may go to one shard's; else the bound is the same for each head.
+            return most * self._num_shards if recipe.divides_heads or recipe.divides_layers else most
         most = max(self._num_resumed, min(self._max_tokens, self.capacity - self._num_prompt))
         evicting, growing = self._pages_by_layer(most), self._pages_by_layer(self._max_tokens)
         pairs = zip(self._windows, evicting, growing, strict=True)
@@ -51,7 +56,9 @@ class Needs:
         ends = [length + num_new for length in lengths]
         if self.capacity is not None and self.evicts(layer):
             ends = [max(length, min(end, self.capacity)) for length, end in zip(lengths, ends, strict=True)]
-        return total_pages(ends, self._page_size)
+        size = len(ends) // self._num_shards
+        shards = [ends[start : start + size] for start in range(0, len(ends), size)]
+        return self._num_shards * max(total_pages(shard, self._page_size) for shard in shards)
 
     def _pages_by_layer(self, num_new_tokens: int) -> list[int]:
         return max_pages_by_layer(

@@ -11,12 +11,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
 from packlight.core.config import DecodeConfig
-from packlight.core.errors import PacklightError, ShipmentCorrupt, WorkerLost
-from packlight.core.shipping import Accepted, FirstToken, PrefillClient, PrefillEvent, Shipped
+from packlight.core.errors import CapacityError, PacklightError, ShipmentCorrupt, WorkerLost
+from packlight.core.shipping import Accepted, FirstToken, PrefillClient, PrefillEvent, Shipped, Waiting
 from packlight.core.types import GenerateRequest, PrefillRequest
 from packlight.decode.intake import Intake
 from packlight.decode.memory import DecodeMemory
 from packlight.decode.task import Task
+from packlight.transfer.base import Site
 from packlight.transfer.registry import build_transport
 
 PrefillClients = Callable[[str, str], PrefillClient]
@@ -26,10 +27,16 @@ PrefillClients = Callable[[str, str], PrefillClient]
 class Fetcher:
     """Fetches into holdings of `memory`."""
 
-    def __init__(self, config: DecodeConfig, memory: DecodeMemory, compatibility: str, clients: PrefillClients) -> None:
+    def __init__(
+        self, config: DecodeConfig, memory: DecodeMemory, compatibility: str, clients: PrefillClients, site: Site
+    ) -> None:
         self._config, self._memory = config, memory
         self._compatibility, self._clients = compatibility, clients
-        self._transports = {name: build_transport(name) for name in config.transports}
+        self._transports = {name: build_transport(name, site) for name in config.transports}
+
+    def close(self) -> None:
+        for transport in self._transports.values():
+            transport.close()
 
     async def fetch(self, task: Task) -> AsyncGenerator[Accepted | FirstToken | Shipped, None]:
         """The events the worker cares about; layers are stored as they pass. `Shipped` comes last and only when every
@@ -42,8 +49,10 @@ class Fetcher:
             async with aclosing(client.prefill(self._prefill_request(request, intake.wishes))) as events:
                 while (event := await self._next(events, request.prefill_id)) is not None:
                     match event:
+                        case Waiting():
+                            pass
                         case Accepted():
-                            intake.accept(event)
+                            task.transport = intake.accept(event)
                             yield event
                         case FirstToken():
                             yield event
@@ -54,6 +63,9 @@ class Fetcher:
                         case _:
                             intake.take(event)
                             task.received_bytes = intake.num_bytes
+        except CapacityError:
+            intake.release(unused=True)
+            raise
         finally:
             intake.release()
         raise ShipmentCorrupt("the prefill stream ended without saying so")
@@ -91,4 +103,6 @@ class Fetcher:
             transports=transports,
             banned_token_ids=request.stop.banned(num_resumed),
             deadline_s=request.deadline_s,
+            explain=request.explain,
+            trace=request.trace,
         )

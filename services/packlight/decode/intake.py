@@ -43,7 +43,8 @@ class Intake:
         self.num_layers = 0
         self.num_bytes = 0
 
-    def accept(self, accepted: Accepted) -> None:
+    def accept(self, accepted: Accepted) -> str:
+        """The transport that was chosen."""
         if accepted.compatibility != self._compatibility:
             raise ShipmentIncompatible(
                 f"the prefill worker's compatibility hash is {accepted.compatibility}, ours is {self._compatibility}: "
@@ -52,6 +53,10 @@ class Intake:
         manifest = decode_manifest(accepted.manifest)
         self._check(manifest)
         self._receiver = self._receivers[manifest.transport]
+        for receiver in self._receivers.values():
+            if receiver is not self._receiver:
+                receiver.release(unused=True)
+        return manifest.transport
 
     @property
     def wishes(self) -> tuple[str, ...]:
@@ -72,9 +77,10 @@ class Intake:
                 f"(the sender counted {shipped.num_layers})"
             )
 
-    def release(self) -> None:
+    def release(self, *, unused: bool = False) -> None:
+        """`unused`: the request was refused, so nothing was or will be sent."""
         for receiver in self._receivers.values():
-            receiver.release()
+            receiver.release(unused=unused)
 
     def _make_receivers(self, transports: Mapping[str, KVTransport]) -> dict[str, KVReceiver]:
         """Those that this machine has, each ready for any layer that may come: a sender needs to know where."""

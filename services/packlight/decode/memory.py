@@ -12,19 +12,19 @@ Legend: X head pages of one layer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from packlight.compress.evict import Arrived, HeavyHitters
 from packlight.compress.readers.shared import Readers
-from packlight.core.errors import InternalError
+from packlight.core.errors import InternalError, InvalidRequest
 from packlight.core.types import GenerateRequest, ModelSpec, PackSpec
 from packlight.decode.admission import Needs, Reservation, Reservations
-from packlight.kv.pages import PageBook
 from packlight.kv.pool import PackedPool
-from packlight.kv.reading import Reading
+from packlight.kv.reading import MIN_PAGES, Reading
+from packlight.kv.shards import open_book
 from packlight.kv.summaries import PageSummaries
 from packlight.kv.table import HeadPageTable
 
@@ -49,7 +49,7 @@ class DecodeMemory:
 
     def __init__(self, spec: ModelSpec, pool: PackedPool, *, num_rows: int) -> None:
         self._spec, self.pool = spec, pool
-        self.book = PageBook(pool.num_head_pages)
+        self.book = open_book(pool.num_head_pages, num_shards=pool.num_shards, num_kv_heads=pool.num_kv_heads)
         self.reservations = Reservations(pool.num_head_pages)
         self.table = HeadPageTable(
             self.book,
@@ -58,15 +58,25 @@ class DecodeMemory:
             num_kv_heads=pool.num_kv_heads,
             page_size=pool.page_size,
         )
-        self.summaries = PageSummaries(pool.num_head_pages, pool.head_dim, pool.dtype, str(pool.device))
+        num_summaries = pool.num_head_pages if pool.num_shards == 1 else 0  # see `_refuse`
+        self.summaries = PageSummaries(num_summaries, pool.head_dim, pool.dtype, str(pool.device))
         self._readers = Readers(page_size=pool.page_size, head_dim=pool.head_dim, num_rows=num_rows)
 
     def plan(self, request: GenerateRequest) -> Holding:
-        """Holds nothing yet. Raises RequestNeverFits."""
-        needs = Needs(request, self._spec, self.pool.page_size)
+        """Holds nothing yet. Raises RequestNeverFits, InvalidRequest."""
+        needs = Needs(request, self._spec, self.pool.page_size, num_shards=self.pool.num_shards)
         reservation = Reservation(self.reservations, needs.bound())
         reading = self._readers.reading_of(request.pack, request.num_prompt_tokens)
+        if self.pool.num_shards > 1:
+            self._refuse(request.pack, reading, needs)
         return Holding(request.pack, needs, reservation, reading)
+
+    def readings(self, recipes: Iterable[str], num_tokens: int) -> list[Reading]:
+        """How rows packed by `recipes` are read, each head `num_tokens` at most. Recipes that read everything, or
+        nothing beyond what the model can hold, have none."""
+        found = (self._readers.reading_of(PackSpec(name, num_tokens), self._spec.max_context) for name in recipes)
+        num_pages = max(MIN_PAGES, num_tokens // self.pool.page_size)
+        return [replace(reading, num_pages=num_pages) for reading in found if reading is not None]
 
     def open(self, holding: Holding) -> bool:
         """Take a row and the reservation, if both are free."""
@@ -122,6 +132,16 @@ class DecodeMemory:
         holding.reservation.close()
         holding.reading = holding.hitters = None
         holding.arrived = []
+
+    def _refuse(self, pack: PackSpec, reading: Reading | None, needs: Needs) -> None:
+        """What looks into pages from one place cannot be done where pages are in several."""
+        does = "reads pages by their summaries" if reading is not None else "evicts while it decodes"
+        if reading is not None or needs.capacity is not None:
+            raise InvalidRequest(
+                f"recipe {pack.recipe!r} {does}, which decode.tensor_parallel={self.pool.num_shards} cannot: choose "
+                "another recipe, such as snapkv",
+                param="kv.recipe",
+            )
 
     def check_idle(self) -> None:
         """Raise InternalError unless everything is free. Counters only: `check` takes time that grows with the pool."""

@@ -13,10 +13,12 @@ from enum import StrEnum
 
 from packlight.compress.budget import read_budget
 from packlight.compress.recipes import codec_of
+from packlight.core.errors import PacklightError
 from packlight.core.shipping import Shipped
-from packlight.core.types import GenerateEvent, GenerateRequest, KVUsage, Timings, Token, Usage
+from packlight.core.types import FinishReason, GenerateEvent, GenerateRequest, KVUsage, Timings, Token, Usage
 from packlight.decode.memory import Holding
 from packlight.engine.sampler import PenaltyState
+from packlight.telemetry.traces import NO_SPAN, Span
 
 Sink = Callable[[GenerateEvent], None]
 
@@ -40,14 +42,18 @@ class Task:
     penalties: PenaltyState | None = None
     num_cached_tokens: int = 0
     received_bytes: int = 0
+    transport: str = ""
     shipped: Shipped | None = None
     timings: Timings = field(default_factory=Timings)
+    accepted_s: float = 0.0
     first_token_s: float = 0.0
     ready_s: float = 0.0
+    outcome: FinishReason | PacklightError | None = None  # None while it runs, and when nobody wants the rest
     fetch: asyncio.Task[None] | None = None
     alarm: asyncio.TimerHandle | None = None
     cancelled: bool = False
     is_arriving: bool = False  # its last chunk is being computed, or its KV is on its way
+    span: Span = NO_SPAN
 
     @property
     def num_resumed(self) -> int:
@@ -71,6 +77,10 @@ class Task:
         if self.request.sampling.has_penalties:
             border = self.request.num_prompt_tokens
             self.penalties = PenaltyState(self.request.token_ids[:border], self.request.token_ids[border:])
+
+    def accept(self, now_s: float) -> None:
+        """The prefill worker is at the last chunk."""
+        self.is_arriving, self.accepted_s = True, now_s
 
     def become_ready(self, shipped: Shipped, now_s: float) -> None:
         """FETCHING to READY."""
@@ -102,6 +112,7 @@ class Task:
                 retained_mass=self.shipped.retained_mass,
                 num_grown_tokens=self.shipped.num_grown_tokens,
                 num_read_tokens=min(self.shipped.num_kept_tokens, read_budget(pack, self.request.num_prompt_tokens)),
+                kept_map=self.shipped.kept_map,
             )
         return Usage(
             num_prompt_tokens=self.request.num_prompt_tokens,

@@ -42,12 +42,17 @@ from packlight.core.types import (
 )
 from packlight.decode.fetch import Fetcher, PrefillClients
 from packlight.decode.memory import DecodeMemory
+from packlight.decode.pair_rates import PairRates
+from packlight.decode.spans import end_span
 from packlight.decode.step import run_step
 from packlight.decode.task import Sink, Stage, Task
 from packlight.engine.compute import Compute, Decoding
+from packlight.engine.graphs import GraphedRunner
 from packlight.engine.runner import DecodeRunner
 from packlight.telemetry.logs import log_event
 from packlight.telemetry.metrics import DecodeMetrics
+from packlight.telemetry.traces import NO_TRACER, Kind, Span, Tracer, span_error, traced
+from packlight.transfer.base import Site
 
 log = logging.getLogger(__name__)
 Clock = Callable[[], float]
@@ -64,12 +69,21 @@ class DecodeWorker:
         clients: PrefillClients,
         *,
         metrics: DecodeMetrics,
+        tracer: Tracer = NO_TRACER,
         clock: Clock = time.monotonic,
     ) -> None:
         self._config, self._runner, self._compute = config, runner, compute
-        self._metrics, self._clock = metrics, clock
+        self._metrics, self._tracer, self._clock = metrics, tracer, clock
         self._memory = DecodeMemory(runner.model.spec, runner.pool, num_rows=config.max_batch)
-        self._fetcher = Fetcher(config, self._memory, self.compatibility, clients)
+        self._pairs = PairRates()
+        site = Site(
+            config.host,
+            config.advertise,
+            runner.pool.device,
+            staging_bytes=config.staging_bytes,
+            on_link=metrics.count_link,
+        )
+        self._fetcher = Fetcher(config, self._memory, self.compatibility, clients, site)
         self._queue: list[Task] = []
         self._admitted: list[Task] = []
         self._stepping: list[Task] = []
@@ -99,10 +113,12 @@ class DecodeWorker:
 
     def submit(self, request: GenerateRequest, sink: Sink) -> Task:
         """Accept a request whose events go to `sink`, exactly one of them terminal unless it is cancelled first."""
+        span = self._tracer.start("generate", request.trace, kind=Kind.SERVER)
         try:
-            task = self._accept(request, sink)
-        except PacklightError:
+            task = self._accept(traced(request, span), sink, span)
+        except PacklightError as error:
             self._metrics.count_request("refused")
+            span.end(span_error(error))
             raise
         task.alarm = asyncio.get_running_loop().call_later(request.deadline_s, self._overdue, task)
         self._queue.append(task)
@@ -115,16 +131,27 @@ class DecodeWorker:
             self._metrics.count_request("cancelled")
         self._end(task)
 
+    def prepare(self, on_progress: Callable[[str], None]) -> None:
+        """What takes long and can be done before the first request: on GPUs, steps are captured."""
+        runner, memory, graphs = self._runner, self._memory, self._config.graphs
+        if isinstance(runner, GraphedRunner):
+            runner.on_mode = self._metrics.count_graph_step
+            readings = memory.readings(graphs.recipes, graphs.read_tokens)
+            runner.prepare(memory.table, memory.summaries, readings, on_progress=on_progress)
+
     async def run(self) -> None:
         """Step for ever. A step that raises fails its requests, not the worker; books that do not balance end it."""
-        while True:
-            if not any(task.stage in (Stage.READY, Stage.RUNNING) for task in self._admitted):
-                if not self._admitted:
-                    self._memory.check_idle()
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            await self._step()
+        try:
+            while True:
+                if not any(task.stage in (Stage.READY, Stage.RUNNING) for task in self._admitted):
+                    if not self._admitted:
+                        self._memory.check_idle()
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                await self._step()
+        finally:
+            self._fetcher.close()
 
     def load(self) -> WorkerLoad:
         return WorkerLoad(
@@ -133,6 +160,7 @@ class DecodeWorker:
             num_free_pages=self._memory.reservations.num_free,
             num_total_pages=self._memory.reservations.num_total,
             step_s=1 / self._steps.per_s if self._steps.per_s else 0.0,
+            link_bytes_per_s=self._pairs.bytes_per_s(),
         )
 
     def drain(self) -> None:
@@ -210,7 +238,7 @@ class DecodeWorker:
             async with aclosing(self._fetcher.fetch(task)) as events:
                 async for event in events:
                     if isinstance(event, Accepted):
-                        task.is_arriving = True
+                        task.accept(self._clock())
                         self._tell_compute()
                     elif isinstance(event, FirstToken):
                         self._begin(task, event)
@@ -238,6 +266,7 @@ class DecodeWorker:
         self._memory.settle(task.holding)
         task.become_ready(shipped, self._clock())
         self._metrics.observe_transfer(task.timings.transfer_s)
+        self._note_pace(task, shipped)
         usage = task.usage()
         kv = usage.kv
         self._metrics.observe_shipment(
@@ -248,15 +277,26 @@ class DecodeWorker:
         self._tell_compute()
         self._wake.set()
 
+    def _note_pace(self, task: Task, shipped: Shipped) -> None:
+        prefill_id, before = task.request.prefill_id, self._pairs.transport_of(task.request.prefill_id)
+        pace = self._pairs.note(prefill_id, task.transport, shipped.shipped_bytes, shipped.ship_s)
+        if pace is None:
+            return
+        if before is not None and before != task.transport:
+            self._metrics.forget_link(prefill_id, before)
+        self._metrics.set_link_pace(prefill_id, task.transport, pace)
+        if (oldest := self._pairs.forget_oldest()) is not None:
+            self._metrics.forget_link(*oldest)
+
     # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def _accept(self, request: GenerateRequest, sink: Sink) -> Task:
+    def _accept(self, request: GenerateRequest, sink: Sink, span: Span) -> Task:
         if self.draining:
             raise Draining("this decode worker is shutting down", retry_after_s=1.0)
         if len(self._queue) >= self._config.max_queue:
             raise QueueFull(f"decode queue is full ({self._config.max_queue} requests wait)", retry_after_s=1.0)
         self._runner.model.spec.check_prompt(request.token_ids, request.num_prompt_tokens)
-        return Task(request, sink, self._memory.plan(request), arrived_s=self._clock())
+        return Task(request, sink, self._memory.plan(request), arrived_s=self._clock(), span=span)
 
     def _admit(self) -> None:
         """Start fetching for waiting requests, oldest first, as long as rows and reservations last."""
@@ -273,6 +313,7 @@ class DecodeWorker:
 
     def _finish(self, task: Task, reason: FinishReason) -> None:
         self._metrics.count_request("completed")
+        task.outcome = reason
         task.sink(Finished(task.request.request_id, reason, task.usage()))
         self._end(task)
 
@@ -280,6 +321,7 @@ class DecodeWorker:
         if task.stage is not Stage.CLOSED and not task.cancelled:
             self._metrics.count_request("failed")
             self._metrics.count_error(type(error).__name__)
+            task.outcome = error
             task.sink(Failed(task.request.request_id, error))
         self._end(task)
 
@@ -306,6 +348,7 @@ class DecodeWorker:
             task.alarm.cancel()
         if task.fetch is not None and task.fetch is not asyncio.current_task():
             task.fetch.cancel()
+        end_span(task, self._clock())
         self._admit()
         self._tell_compute()
         self._wake.set()

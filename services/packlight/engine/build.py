@@ -8,12 +8,14 @@ from typing import overload
 
 import torch
 
-from packlight.attention.base import AttentionBackend
-from packlight.attention.registry import AUTO, BACKENDS, NATIVE, TORCH
+from packlight.attention.base import AttentionBackend, FixedBackend
+from packlight.attention.flashinfer.backend import FlashInferAttention
+from packlight.attention.registry import AUTO, BACKENDS, FLASHINFER, NATIVE, TORCH
 from packlight.compress.recipes import CODECS
 from packlight.core.config import DecodeConfig, KVConfig, ModelConfig, PrefillConfig
 from packlight.core.errors import ConfigError, InvalidRequest
 from packlight.core.types import ModelSpec, Role
+from packlight.engine.graphs import CudaGraphs, GraphedRunner
 from packlight.engine.runner import DecodeRunner, Runner
 from packlight.kv.coded import CodedPool
 from packlight.kv.pool import KVPool, PackedPool
@@ -46,30 +48,38 @@ def build_runner(
     Raises ConfigError for an unknown backend or codec, or if not one block fits; NativeUnavailable where the `cpu`
     backend is asked for by name and cannot be had."""
     where = device if model.spec.name != "fake" else "cpu"
-    backend = build_attention(section.attention, where)
+    backend = build_attention(section.attention, where, model.spec)
     if isinstance(section, DecodeConfig):
-        return DecodeRunner(model, packed_pool(model.spec, where, kv.page_size, section), backend)
+        pool = packed_pool(model.spec, where, kv.page_size, section)
+        if pool.device.type == "cuda" and isinstance(backend, FixedBackend) and isinstance(pool, KVPool):
+            return GraphedRunner(model, pool, backend, CudaGraphs(pool.device), sizes=section.graphs)
+        return DecodeRunner(model, pool, backend)
     return Runner(model, _exact_pool(model.spec, where, kv.page_size, section.kv_memory_bytes), backend)
 
 
-def build_attention(name: str, device: str) -> AttentionBackend:
-    """The backend `name`; for `auto` the native one on CPUs, or where it cannot be had torch's. Raises ConfigError,
-    NativeUnavailable."""
+def build_attention(name: str, device: str, spec: ModelSpec | None = None) -> AttentionBackend:
+    """The backend `name`; for `auto` the native one on CPUs and FlashInfer on GPUs, or where they cannot be had, or
+    have no kernel for the model `spec`, torch's. Raises ConfigError, NativeUnavailable."""
     if name not in (AUTO, *BACKENDS):
         raise ConfigError(f"unknown attention backend {name!r}: choose one of {', '.join((AUTO, *BACKENDS))}")
     is_cpu = torch.device(device).type == "cpu"
     if name == NATIVE and not is_cpu:
         raise ConfigError(f"attention {name!r} computes on CPUs, model.device is {device!r}: choose {AUTO} or {TORCH}")
     if name != AUTO:
-        return _load_backend(name)
+        return _load_backend(name, device, spec)
     try:
-        return _load_backend(NATIVE if is_cpu else TORCH)
-    except NativeUnavailable as error:
+        return _load_backend(NATIVE if is_cpu else FLASHINFER, device, spec)
+    except (NativeUnavailable, ConfigError) as error:
         log.warning("attention by %s, which is slower: %s", TORCH, error.message)
-        return _load_backend(TORCH)
+        return _load_backend(TORCH, device, spec)
 
 
-def _load_backend(name: str) -> AttentionBackend:
+def _load_backend(name: str, device: str, spec: ModelSpec | None) -> AttentionBackend:
+    if name == FLASHINFER:
+        flashinfer = FlashInferAttention(device)
+        if spec is not None:
+            flashinfer.require(spec.head_dim, getattr(torch, spec.dtype))
+        return flashinfer
     backend: AttentionBackend = BACKENDS.load(name)()
     return backend
 

@@ -10,13 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from packlight.attention.base import AttentionBackend, DecodeBatch, LayerHook, PrefillBatch, PrefillChunk
+from packlight.attention.cpu import CpuAttention
+from packlight.attention.upload import upload
+from packlight.compress.paged_window import DTYPES, PagedWindow
+from packlight.compress.window import StoredWindow
 from packlight.kv.pages import PageIds
-from packlight.kv.pool import KVPool, PackedPool
+from packlight.kv.pool import ExactPool, KVPool, PackedPool
 from packlight.kv.reading import Reading
 from packlight.kv.summaries import PageSummaries
 from packlight.kv.table import HeadPageTable
@@ -59,7 +65,23 @@ class DecodeRunner:
             return self.model.forward(self._ids(token_ids), self._ids(positions), self.backend.plan(batch), every_row_R)
 
     def _ids(self, values: Sequence[int] | PageIds) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.int64, device=self.pool.device)
+        return upload(np.asarray(values, dtype=np.int64), self.pool.device)
+
+
+class PrefillRunner(Protocol):
+    """What a prefill worker needs: a `Runner`, or what is one in several processes. `window`: who replays the
+    window's attention over the pool; None: whoever selects."""
+
+    @property
+    def model(self) -> LanguageModel: ...
+    @property
+    def pool(self) -> ExactPool: ...
+    @property
+    def window(self) -> StoredWindow | None: ...
+
+    def prefill(self, works: Sequence[ChunkWork], on_layer: LayerHook | None = None) -> Tensor:
+        """See `Runner.prefill`. The pool may be read from `on_layer`."""
+        ...
 
 
 class Runner(DecodeRunner):
@@ -69,6 +91,9 @@ class Runner(DecodeRunner):
 
     def __init__(self, model: LanguageModel, pool: KVPool, backend: AttentionBackend) -> None:
         super().__init__(model, pool, backend)
+        # Who asks for attention without compiled code gets scores without it.
+        library = backend.library if isinstance(backend, CpuAttention) else None
+        self.window = PagedWindow(pool, library) if library is not None and pool.dtype in DTYPES else None
 
     def prefill(self, works: Sequence[ChunkWork], on_layer: LayerHook | None = None) -> Tensor:
         """Store the KV of all chunks; logits `[R, V]` of the last token of each chunk that wants them, in order."""

@@ -5,6 +5,8 @@ Shapes: R rows (requests) of a step, V vocabulary, N tokens that survived the fi
 A row's token depends on its own logits, parameters, history and position only, so it is the same in every batch, on
 every worker and after a restart. Each row goes through: logit bias, penalties, temperature, top-k, min-p, top-p, and a
 draw by inverse CDF over ascending token ids in fp64. Knows no model, no request and no stop rule.
+
+On a GPU the rows that want nothing but a token are drawn there (`draws.py`), and the host waits once per step.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from packlight.compress.topk import indices_from, top_indices
 from packlight.core.errors import InternalError
 from packlight.core.hashing import counter_uniform
 from packlight.core.types import SamplingParams, Token
+from packlight.engine.draws import draw_rows
 
 # Top-p rarely needs more tokens than this. When it does, it tries eight times as many.
 NUCLEUS_PREFIX = 1024
@@ -69,6 +72,13 @@ class SampleRow:
         """The token is the argmax of the raw logits."""
         return self.params.is_plain_greedy and not self.banned_token_ids
 
+    @property
+    def is_plain(self) -> bool:
+        """The token is drawn from the raw logits, and nothing is asked about the others."""
+        params = self.params
+        changes = params.has_penalties or params.logit_bias or self.banned_token_ids
+        return not changes and params.num_logprobs is None
+
 
 def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Token | InternalError]:
     """One token per row of `logits_RV` (any float dtype, any device; not changed).
@@ -76,9 +86,36 @@ def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Token | Interna
     A row from which nothing can be drawn (a NaN or +inf logit, every token banned, a token id beyond the vocabulary)
     gets an InternalError; the others do not notice."""
     assert logits_RV.shape[0] == len(rows), (logits_RV.shape, len(rows))
+    if logits_RV.device.type != "cpu":
+        return sample_on_device(logits_RV, rows)
     best = logits_RV.max(dim=-1)  # the first index among equals; NaN if any logit is
     parts = zip(logits_RV, rows, best.indices.tolist(), best.values.tolist(), strict=True)
     return [_sample_row(*part) for part in parts]
+
+
+def sample_on_device(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Token | InternalError]:
+    """`sample`, with one transfer of token ids to the host; and one of the logits of rows that want more than that."""
+    if not rows:
+        return []
+    drawn_R = draw_rows(
+        logits_RV, [row.params for row in rows], [counter_uniform(row.params.seed, row.position) for row in rows]
+    )
+    best = logits_RV.max(dim=-1)
+    found = torch.stack([best.indices.double(), best.values.double(), drawn_R.double()], dim=1).tolist()
+    others = [index for index, row in enumerate(rows) if not row.is_plain]
+    raw = dict(zip(others, logits_RV[others].float().cpu(), strict=True)) if others else {}
+    return [
+        _sample_row(raw[index], row, int(best_id), value) if index in raw else _drawn(row, best_id, value, drawn)
+        for index, (row, (best_id, value, drawn)) in enumerate(zip(rows, found, strict=True))
+    ]
+
+
+def _drawn(row: SampleRow, best_id: float, best_value: float, drawn: float) -> Token | InternalError:
+    try:
+        _check_finite(best_value, row)
+    except InternalError as error:
+        return error
+    return Token(int(best_id if row.is_argmax else drawn))
 
 
 def _sample_row(logits_V: Tensor, row: SampleRow, best_id: int, best_value: float) -> Token | InternalError:

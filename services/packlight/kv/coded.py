@@ -74,6 +74,8 @@ class CodedPool:
     At most `max_open_pages` are open at a time: rows x layers x KV heads suffice. Two threads may call it, never about
     the same page: arriving layers are stored while a step runs."""
 
+    num_shards = 1
+
     def __init__(
         self,
         spec: ModelSpec,

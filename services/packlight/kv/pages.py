@@ -60,6 +60,10 @@ class PageBook:
         self._refs[pages] = 1
         return pages
 
+    def allocate_for(self, heads: npt.NDArray[np.intp]) -> PageIds:
+        """As `allocate`, a page for each entry of `heads`, the KV head it is for: here any page serves any head."""
+        return self.allocate(len(heads))
+
     def share(self, pages: PageIds) -> None:
         """One more reference to each of `pages`, which are held or cached. A page occurs at most once."""
         refs = self._refs[pages]

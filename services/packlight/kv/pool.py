@@ -14,7 +14,8 @@ Keys are stored after RoPE, so a page can be read without knowing where in the p
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -44,11 +45,41 @@ def zeros_on_first_touch(shape: tuple[int, ...], dtype: torch.dtype, device: str
     return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
 
 
+class Tokens(NamedTuple):
+    """Some tokens of one layer where they lie: the i-th of KV head h is row `places[h][i]` of `k_XD` and `v_XD`."""
+
+    k_XD: Tensor
+    v_XD: Tensor
+    places: tuple[Tensor, ...]
+
+
+class ExactPool(Protocol):
+    """What prefill needs of the memory behind blocks once its steps have filled them."""
+
+    num_blocks: int
+    page_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def read_keys(self, layer: int, blocks: Tensor, num_tokens: int) -> Tensor:
+        """One layer's K `[K, S, D]` of the first `num_tokens` tokens of a block list, copied."""
+        ...
+
+    def tokens(self, layer: int, blocks: Tensor, indices: Sequence[Tensor]) -> Tokens:
+        """The tokens `indices[h]` (int64) of each KV head h of a block list: what is not asked for is not read."""
+        ...
+
+
 class PackedPool(Protocol):
     """What decoding needs of the memory behind head pages: they are written whole or token by token, and read whole.
 
-    Head pages and token slots are int64 indices on the pool's device, X of them in a call."""
+    Head pages and token slots are int64 indices on the pool's device, X of them in a call. Where there are shards, the
+    KV heads are divided among them in order, and so are the pages: a head's pages are its own shard's."""
 
+    num_shards: int
     page_size: int
     num_layers: int
     num_kv_heads: int
@@ -83,6 +114,8 @@ class PackedPool(Protocol):
 
 class KVPool:
     """Memory for `num_blocks` blocks, K and V apart, zeroed once (a page's unused tail must stay finite)."""
+
+    num_shards = 1
 
     def __init__(
         self, spec: ModelSpec, *, num_blocks: int, page_size: int, dtype: torch.dtype, device: str = "cpu"
@@ -132,6 +165,11 @@ class KVPool:
 
     def read_keys(self, layer: int, blocks: Tensor, num_tokens: int) -> Tensor:
         return self._read(self.k, layer, blocks, num_tokens)
+
+    def tokens(self, layer: int, blocks: Tensor, indices: Sequence[Tensor]) -> Tokens:
+        slots_S = self.token_slots(blocks)
+        places = tuple(slots_S[index_X] + self.slots_before(layer, head) for head, index_X in enumerate(indices))
+        return Tokens(self.k_slots, self.v_slots, places)
 
     def token_slots(self, blocks: Tensor) -> Tensor:
         """Where the tokens of a block list lie in the first layer and head, int64; elsewhere `slots_before` further."""

@@ -25,6 +25,14 @@ from torch import Tensor
 MIN_PAGES = 2
 
 
+class PageBounds(Protocol):
+    """Page summaries that are multiplied where they lie."""
+
+    def products(self, probe_BKGE: Tensor) -> Tensor:
+        """fp32 `[B, K, G, M]`: each row of the probe times each page's summary, added up over E."""
+        ...
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class PageQuery:
     """What a decode step asks of the pages of some rows, in one layer.
@@ -33,14 +41,14 @@ class PageQuery:
     q_BKGD: the new token's queries after RoPE; query head h belongs to KV head h // G. The pool's dtype.
     scale: what the model multiplies q.k by.
     bounds_BKME: fp32, each page's smallest key elements, then its largest; the new token is in them. Anything finite
-        where there is no page. Valid until `score` returns.
+        where there is no page. Or what multiplies by them. Valid until `score` returns.
     num_tokens_BKM: tokens stored in each page, an integer dtype; 0 where a head has no such page."""
 
     layer: int
     rows: Sequence[int]
     q_BKGD: Tensor
     scale: float
-    bounds_BKME: Tensor
+    bounds_BKME: Tensor | PageBounds
     num_tokens_BKM: Tensor
 
 

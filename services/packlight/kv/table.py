@@ -13,24 +13,37 @@ Legend: R rows, L layers, K KV heads, M pages per head at most.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 
-from packlight.kv.pages import PageBook, PageIds
+from packlight.kv.pages import PageIds
 
 Int32s = npt.NDArray[np.int32]
+
+
+class HeadPageBook(Protocol):
+    """Where head pages come from, and go back to."""
+
+    def allocate_for(self, heads: npt.NDArray[np.intp]) -> PageIds:
+        """A page for each entry of `heads`, the KV head that it is for. Raises OutOfPages and takes none."""
+        ...
+
+    def release(self, pages: PageIds) -> None: ...
 
 
 class HeadPageTable:
     """Rows of head pages out of `book`. Not thread-safe: one owner calls it."""
 
-    def __init__(self, book: PageBook, *, num_rows: int, num_layers: int, num_kv_heads: int, page_size: int) -> None:
+    def __init__(self, book: HeadPageBook, *, num_rows: int, num_layers: int, num_kv_heads: int, page_size: int) -> None:
         self._book, self._page_size = book, page_size
         shape = (num_rows, num_layers, num_kv_heads)
         self.pages: Int32s = np.zeros((*shape, 1), dtype=np.int32)
         self.lengths: Int32s = np.zeros(shape, dtype=np.int32)
         self.overwrite: Int32s = np.full(shape, -1, dtype=np.int32)
         self._num_pages: Int32s = np.zeros(shape, dtype=np.int32)
+        self.lives = np.zeros(num_rows, dtype=np.int64)  # how often each row was opened: pages only grow within a life
         self._free_rows = list(range(num_rows - 1, -1, -1))
 
     @property
@@ -39,12 +52,14 @@ class HeadPageTable:
 
     def open(self) -> int:
         """A fresh row with all lengths 0."""
-        return self._free_rows.pop()
+        row = self._free_rows.pop()
+        self.lives[row] += 1
+        return row
 
     def fill_layer(self, row: int, layer: int, lengths: list[int]) -> PageIds:
         """Allocate pages for `lengths[head]` tokens of one layer; returns them, head 0's first."""
         counts = [-(-length // self._page_size) for length in lengths]
-        pages = self._book.allocate(sum(counts))
+        pages = self._book.allocate_for(np.repeat(np.arange(len(counts)), counts))
         self._reserve_columns(max(counts, default=0))
         start = 0
         for head, count in enumerate(counts):
@@ -61,7 +76,7 @@ class HeadPageTable:
             return
         self._reserve_columns(int(num_pages.max()) + 1)
         heads = (np.asarray(rows)[index[0]], index[1], index[2])
-        self.pages[(*heads, self._num_pages[heads])] = self._book.allocate(len(index[0]))
+        self.pages[(*heads, self._num_pages[heads])] = self._book.allocate_for(index[2])
         self._num_pages[heads] += 1
 
     def new_lengths(self, rows: list[int]) -> Int32s:

@@ -57,16 +57,24 @@ class TransformersModel:
 
 
 def load_transformers_model(
-    folder: ModelFolder, spec: ModelSpec, *, device: str, on_progress: Callable[[str], None]
+    folder: ModelFolder,
+    spec: ModelSpec,
+    *,
+    device: str,
+    on_progress: Callable[[str], None],
+    num_ranks: int = 1,
+    divide: Callable[[Any], Any] | None = None,
 ) -> TransformersModel:
-    """See `packlight.models.base.load_model`."""
+    """See `packlight.models.base.load_model`. With `divide`, which may keep a part of each matrix, attention is to see
+    1 / `num_ranks` of the heads."""
     refuse_unsupported(read_json(folder.path / "config.json"), where=str(folder.path))
     transformers.AttentionInterface.register(ATTENTION_NAME, attend)
     on_progress(f"loading the weights of {folder.name} in {spec.dtype}")
     with _explained(folder), _no_progress_bars():
         model = _dummy(folder, spec, device) if folder.is_dummy else _read(folder, spec)
-        loaded = TransformersModel(model.eval().to(device), spec)
-        _prove(loaded, num_heads=model.config.num_attention_heads, config=model.config, device=device)
+        model = model.eval() if divide is None else divide(model.eval())
+        loaded = TransformersModel(model.to(device), spec)
+        _prove(loaded, config=model.config, device=device, num_ranks=num_ranks)
     return loaded
 
 
@@ -131,9 +139,10 @@ def attend(
 class _Probe:
     """A sink that answers zeros and writes down how it was called."""
 
-    def __init__(self, spec: ModelSpec, num_heads: int) -> None:
-        kv_shape = (_PROOF_TOKENS, spec.num_kv_heads, spec.head_dim)
-        self._expected = [(_PROOF_TOKENS, num_heads, spec.head_dim), kv_shape, kv_shape]
+    def __init__(self, spec: ModelSpec, num_heads: int, num_ranks: int) -> None:
+        kv_shape = (_PROOF_TOKENS, spec.num_kv_heads // num_ranks, spec.head_dim)
+        self._expected = [(_PROOF_TOKENS, num_heads // num_ranks, spec.head_dim), kv_shape, kv_shape]
+        self._rule = "config.json says" if num_ranks == 1 else f"config.json, in {num_ranks} ranks, says"
         self.windows: dict[int, int | None] = {}
 
     def attend(
@@ -141,16 +150,16 @@ class _Probe:
     ) -> Tensor:
         shapes = [tuple(tensor.shape) for tensor in (q_THD, k_TKD, v_TKD)]
         if shapes != self._expected:
-            raise ModelError(f"layer {layer} attends with q, k, v of {shapes}; config.json says {self._expected}")
+            raise ModelError(f"layer {layer} attends with q, k, v of {shapes}; {self._rule} {self._expected}")
         if layer in self.windows:
             raise ModelError(f"layer {layer} attends more than once")
         self.windows[layer] = sliding_window
         return torch.zeros_like(q_THD)
 
 
-def _prove(model: TransformersModel, *, num_heads: int, config: Any, device: str) -> None:
+def _prove(model: TransformersModel, *, config: Any, device: str, num_ranks: int) -> None:
     """Run three tokens and see that every layer attends once, with the heads and the window that the spec promises."""
-    spec, probe = model.spec, _Probe(model.spec, num_heads)
+    spec, probe = model.spec, _Probe(model.spec, config.num_attention_heads, num_ranks)
     tokens_T = torch.arange(_PROOF_TOKENS, device=device)
     logits_RV = model.forward(tokens_T, tokens_T, probe, tokens_T[-1:])
     if list(probe.windows) != list(range(spec.num_layers)):

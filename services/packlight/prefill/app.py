@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from prometheus_client import CollectorRegistry
 
 from packlight.core.config import Config
 from packlight.core.types import Role
 from packlight.engine.build import build_model, build_runner
 from packlight.engine.compute import Compute
+from packlight.engine.health import HealthServer
 from packlight.engine.host import WorkerProcess
 from packlight.fleet.heart import worker_identity
 from packlight.fleet.registry import build_fleet
@@ -22,6 +22,7 @@ from packlight.prefill.worker import PrefillWorker
 from packlight.prefix.base import Holder
 from packlight.prefix.registry import build_index
 from packlight.telemetry.metrics import PrefillMetrics
+from packlight.telemetry.traces import open_traces
 from packlight.wire.prefill import prefill_handler
 
 
@@ -29,17 +30,29 @@ async def serve(
     config: Config, environ: Mapping[str, str], stop: asyncio.Event, on_progress: Callable[[str], None]
 ) -> None:
     """Runs until `stop`. Raises StartupError if it cannot start."""
-    section = config.prefill
+    with HealthServer(Role.PREFILL, config.prefill) as http:
+        await _serve(config, environ, stop, on_progress, http)
+
+
+async def _serve(
+    config: Config,
+    environ: Mapping[str, str],
+    stop: asyncio.Event,
+    on_progress: Callable[[str], None],
+    http: HealthServer,
+) -> None:
+    section, traces = config.prefill, open_traces(config.telemetry)
     fleet = build_fleet(config.fleet, environ, time.monotonic)
     index = build_index(config.index, environ, time.monotonic)
     if section.threads:
         torch.set_num_threads(section.threads)
     opened = open_model(config.model, on_progress=on_progress)
     model = build_model(opened, config.model, Role.PREFILL, on_progress=on_progress)
-    registry, compute = CollectorRegistry(), Compute("prefill")
+    compute = Compute("prefill")
     runner = build_runner(model, config.model.device, config.kv, section)
-    worker = PrefillWorker(section, runner, compute, metrics=PrefillMetrics(registry))
     identity = worker_identity(Role.PREFILL, section, environ)
+    tracer = traces.tracer(Role.PREFILL, identity[0])
+    worker = PrefillWorker(section, runner, compute, metrics=PrefillMetrics(http.registry), tracer=tracer)
     publisher = Publisher(index, model.spec.fingerprint, Holder(*identity), worker.blocks.cache.prefixes)
     worker.blocks.inventory = publisher
     process = WorkerProcess(
@@ -51,7 +64,7 @@ async def serve(
         fleet,
         identity=identity,
         spec=model.spec,
-        registry=registry,
+        http=http,
         environ=environ,
         also=publisher.beat,
     )
@@ -60,3 +73,4 @@ async def serve(
     finally:
         await index.close()
         compute.close()
+        await asyncio.to_thread(traces.close)

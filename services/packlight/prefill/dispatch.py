@@ -5,16 +5,15 @@ Knows the worker's identity on the wire. Does not know what is selected (`shippe
 
 from __future__ import annotations
 
-from packlight.attention.cpu import CpuAttention
 from packlight.compress.base import Codec
-from packlight.compress.paged_window import DTYPES, PagedWindow
+from packlight.compress.kept_counts import KeptCounts
 from packlight.compress.recipes import CODECS, codec_of
 from packlight.compress.select import Selector
 from packlight.core.shipping import Accepted, Manifest, compatibility_hash
-from packlight.engine.runner import Runner
+from packlight.engine.runner import PrefillRunner
 from packlight.prefill.shipper import Shipment
 from packlight.prefill.task import Task
-from packlight.transfer.base import KVSender
+from packlight.transfer.base import KVSender, Site
 from packlight.transfer.registry import TRANSPORTS, build_transport, connect
 from packlight.wire.manifest import encode_manifest
 
@@ -22,18 +21,20 @@ from packlight.wire.manifest import encode_manifest
 class Dispatch:
     """Makes the shipments of one worker. Transports are built once, codecs on first use."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: PrefillRunner, site: Site) -> None:
         self._spec, self._pool = spec, pool = runner.model.spec, runner.pool
-        # Who asks for attention without compiled code gets scores without it.
-        library = runner.backend.library if isinstance(runner.backend, CpuAttention) else None
-        self.window = PagedWindow(pool, library) if library is not None and pool.dtype in DTYPES else None
-        self._transports = {name: build_transport(name) for name in TRANSPORTS}
+        self.window = runner.window
+        self._transports = {name: build_transport(name, site) for name in TRANSPORTS}
         self._codecs: dict[str, Codec] = {}
         self.compatibility = compatibility_hash(spec, pool.page_size, str(pool.dtype))
 
     def connect(self, wanted: tuple[str, ...]) -> tuple[str, KVSender]:
         """The best transport of `wanted` that reaches who asks. Raises ShipmentIncompatible if none does."""
         return connect(wanted, self._transports)
+
+    def close(self) -> None:
+        for transport in self._transports.values():
+            transport.close()
 
     def open(self, task: Task, start: int, context: int) -> Shipment:
         """The shipment of `task`, whose last chunk is rows `start` on of the step, after `context` stored tokens."""
@@ -52,6 +53,8 @@ class Dispatch:
             selector=Selector(task.request.pack, num_prompt_tokens=task.anchor, num_tokens=task.num_tokens),
             accumulated=task.accumulated,
             shadow=[] if task.has_shadow else None,
+            marks=task.marks,
+            kept=KeptCounts(self._spec, task.anchor) if task.request.explain else None,
         )
 
     def announce(self, task: Task) -> Accepted:

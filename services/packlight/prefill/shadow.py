@@ -23,7 +23,7 @@ from packlight.core.hashing import counter_uniform
 from packlight.core.types import PackSpec, PrefillRequest
 from packlight.engine.compute import Compute
 from packlight.engine.packed_rows import PackedRows
-from packlight.engine.runner import ChunkWork, Runner
+from packlight.engine.runner import ChunkWork, PrefillRunner, Runner
 from packlight.kv.pages import PageBook, PageIds
 from packlight.prefill.shipper import ShadowLayer
 from packlight.telemetry.metrics import PrefillMetrics
@@ -53,7 +53,10 @@ class Divergence:
 class Shadows:
     """The sampled requests of one worker, from the end of their prefill until they are compared."""
 
-    def __init__(self, ratio: float, runner: Runner, compute: Compute, book: PageBook, metrics: PrefillMetrics) -> None:
+    def __init__(
+        self, ratio: float, runner: PrefillRunner, compute: Compute, book: PageBook, metrics: PrefillMetrics
+    ) -> None:
+        """With a ratio above 0 `runner` is a `Runner`: one that holds all KV heads."""
         self._ratio, self._runner, self._compute, self._book, self._metrics = ratio, runner, compute, book, metrics
         self._waiting: list[Shadow] = []
 
@@ -81,6 +84,7 @@ class Shadows:
         while self._waiting:
             shadow = self._waiting.pop()
             try:
+                assert isinstance(self._runner, Runner), "no shadows of a model that is in several processes"
                 divergence = (await self._compute.prefill(partial(compare, self._runner, shadow))).result
                 self._metrics.observe_shadow(shadow.pack.recipe, divergence.kl_nats, divergence.is_same_token)
             except Exception:

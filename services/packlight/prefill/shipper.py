@@ -19,14 +19,16 @@ from torch import Tensor
 from packlight.compress.accumulate import AccumulatedMass
 from packlight.compress.base import Codec, LayerView, Selection
 from packlight.compress.evict import evicts, with_mass
+from packlight.compress.kept_counts import KeptCounts
 from packlight.compress.pack import PackedLayer, pack
-from packlight.compress.paged_window import PagedWindow
 from packlight.compress.payload import decode_layer, encode_layer
 from packlight.compress.select import Selector
+from packlight.compress.window import StoredWindow
 from packlight.core.shipping import Shipped
 from packlight.core.types import ModelSpec, PackSpec
 from packlight.kv.pages import PageIds
-from packlight.kv.pool import KVPool
+from packlight.kv.pool import ExactPool
+from packlight.prefill.marks import LayerMark, Marks, PackMark
 from packlight.prefill.outbox import Outbox
 from packlight.transfer.base import KVSender
 
@@ -80,6 +82,8 @@ class Shipment:
     selector: Selector
     accumulated: AccumulatedMass | None = None
     shadow: list[ShadowLayer] | None = None
+    marks: Marks | None = None
+    kept: KeptCounts | None = None
     tally: Tally = field(default_factory=Tally)
 
     def window_rows(self) -> slice:
@@ -106,6 +110,7 @@ class Shipment:
             prefill_s=prefill_s,
             select_s=tally.select_s,
             num_grown_tokens=tally.num_grown / num_sites,
+            kept_map=self.kept.as_map() if self.kept else None,
         )
 
 
@@ -115,37 +120,39 @@ class Shipper:
     def __init__(
         self,
         spec: ModelSpec,
-        pool: KVPool,
+        pool: ExactPool,
         shipments: Sequence[Shipment],
         watches: Sequence[Watch] = (),
-        window: PagedWindow | None = None,
+        window: StoredWindow | None = None,
     ) -> None:
         """Without `window` the window's attention is torch's work."""
         self._spec, self._pool, self._shipments, self._watches, self._window = spec, pool, shipments, watches, window
-        self._slots = [pool.token_slots(_ids(shipment.blocks, pool.k)) for shipment in shipments]
 
     def __call__(self, layer: int, q_THD: Tensor, scale: float) -> None:
         for watch in self._watches:
             self._accumulate(watch, layer, q_THD, scale)
-        for shipment, slots_S in zip(self._shipments, self._slots, strict=True):
+        for shipment in self._shipments:
             started = time.perf_counter()
-            self._add(shipment, slots_S, layer, q_THD[shipment.window_rows()], scale)
+            self._add(shipment, layer, q_THD[shipment.window_rows()], scale)
             shipment.tally.select_s += time.perf_counter() - started
 
     def _accumulate(self, watch: Watch, layer: int, q_THD: Tensor, scale: float) -> None:
-        k_KSD = self._pool.read_keys(layer, _ids(watch.blocks, q_THD), watch.context + watch.num_rows)
+        k_KSD = self._pool.read_keys(layer, self._ids(watch.blocks), watch.context + watch.num_rows)
         watch.accumulated.add(layer, q_THD[watch.start : watch.start + watch.num_rows], k_KSD, scale)
 
-    def _add(self, shipment: Shipment, slots_S: Tensor, layer: int, q_WHD: Tensor, scale: float) -> None:
+    def _add(self, shipment: Shipment, layer: int, q_WHD: Tensor, scale: float) -> None:
         """Score one layer; send what can be sent by now: it, or nothing yet, or all that waited."""
-        sliding_window = self._spec.sliding_windows[layer]
+        started, sliding_window = time.perf_counter(), self._spec.sliding_windows[layer]
         view = self._view(shipment, layer, q_WHD, scale, is_scored=shipment.selector.scores(sliding_window))
-        for ready, selection in shipment.selector.add(view, sliding_window):
-            self._ship(shipment, slots_S, ready, selection)
+        found = shipment.selector.add(view, sliding_window)
+        if shipment.marks is not None:
+            shipment.marks.selected.append(LayerMark(layer, started, time.perf_counter()))
+        for ready, selection in found:
+            self._ship(shipment, ready, selection)
 
     def _view(self, shipment: Shipment, layer: int, q_WHD: Tensor, scale: float, *, is_scored: bool) -> LayerView:
         """What the selection looks at, and no more: keys have D = 0 where nobody does."""
-        pool, blocks = self._pool, _ids(shipment.blocks, self._pool.k)
+        pool, blocks = self._pool, self._ids(shipment.blocks)
         attention, needs_keys = None, is_scored
         if is_scored and self._window is not None:
             attention = self._window.attend(layer, q_WHD, blocks, shipment.anchor, scale)
@@ -154,7 +161,7 @@ class Shipper:
             q_WHD=q_WHD,
             k_KSD=pool.read_keys(layer, blocks, shipment.anchor)
             if needs_keys
-            else pool.k.new_empty((pool.num_kv_heads, shipment.anchor, 0)),
+            else q_WHD.new_empty((pool.num_kv_heads, shipment.anchor, 0)),
             scale=scale,
             layer=layer,
             num_layers=self._spec.num_layers,
@@ -163,33 +170,38 @@ class Shipper:
             accumulated_KS=shipment.accumulated.layer(layer) if shipment.accumulated else None,
         )
 
-    def _ship(self, shipment: Shipment, slots_S: Tensor, layer: int, selection: Selection) -> None:
-        packed = self._pack(slots_S, layer, selection)
-        payload = encode_layer(shipment.codec, packed).cpu()
+    def _ship(self, shipment: Shipment, layer: int, selection: Selection) -> None:
+        started = time.perf_counter()
+        packed = self._pack(shipment, layer, selection)
+        payload = encode_layer(shipment.codec, packed).to(shipment.sender.device)
         sent = shipment.sent(layer, payload, selection)
         shipment.outbox.put_threadsafe(shipment.sender.frames(layer, packed.lengths, sent))
         if shipment.shadow is not None:
             shipment.shadow.append(self._shadow(shipment.codec, packed, payload))
+        if shipment.kept is not None:
+            shipment.kept.add(layer, selection)
         tally = shipment.tally
         tally.num_layers += 1
         tally.shipped_bytes += sent.numel()
         tally.num_kept += sum(packed.lengths)
         tally.num_grown += selection.num_grown
         tally.mass += selection.retained_mass
+        if shipment.marks is not None:
+            num_kept = sum(packed.lengths) / len(packed.lengths)
+            facts = (num_kept, sent.numel(), selection.retained_mass)
+            shipment.marks.packed.append(PackMark(layer, started, time.perf_counter(), *facts))
 
-    def _pack(self, slots_S: Tensor, layer: int, selection: Selection) -> PackedLayer:
+    def _pack(self, shipment: Shipment, layer: int, selection: Selection) -> PackedLayer:
         """Kept tokens straight out of the pool: what is dropped is not read."""
-        pool, indices = self._pool, selection.indices
-        slots = tuple(slots_S[index_X] + pool.slots_before(layer, head) for head, index_X in enumerate(indices))
-        # Every head may take any slot of the pool, and takes its own.
-        k_KXD, v_KXD = (x_XD.expand(len(slots), -1, -1) for x_XD in (pool.k_slots, pool.v_slots))
-        return pack(k_KXD, v_KXD, replace(selection, indices=slots), pool.page_size)
+        k_XD, v_XD, places = self._pool.tokens(layer, self._ids(shipment.blocks), selection.indices)
+        # Every head may take any row, and takes its own.
+        k_KXD, v_KXD = (x_XD.expand(len(places), -1, -1) for x_XD in (k_XD, v_XD))
+        return pack(k_KXD, v_KXD, replace(selection, indices=places), self._pool.page_size)
 
     def _shadow(self, codec: Codec, packed: PackedLayer, payload: Tensor) -> ShadowLayer:
         pool = self._pool
         pages = decode_layer(codec, payload, packed.lengths, pool.page_size, pool.head_dim, pool.dtype)
         return ShadowLayer(packed.lengths, *pages)
 
-
-def _ids(blocks: PageIds, like: Tensor) -> Tensor:
-    return torch.as_tensor(blocks, dtype=torch.int64, device=like.device)
+    def _ids(self, blocks: PageIds) -> Tensor:
+        return torch.as_tensor(blocks, dtype=torch.int64, device=self._pool.device)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from packlight.core.errors import InternalError
 from packlight.core.types import Token
-from packlight.engine.runner import ChunkWork, Runner
+from packlight.engine.runner import ChunkWork, PrefillRunner
 from packlight.engine.sampler import PenaltyState, SampleRow, sample
 from packlight.prefill.dispatch import Dispatch
 from packlight.prefill.scheduler import ChunkPlan
@@ -19,7 +19,7 @@ from packlight.prefill.task import Task
 
 
 def run_step(
-    runner: Runner, dispatch: Dispatch, plan: Sequence[ChunkPlan], tasks: Sequence[Task]
+    runner: PrefillRunner, dispatch: Dispatch, plan: Sequence[ChunkPlan], tasks: Sequence[Task]
 ) -> tuple[list[Token | InternalError], list[Shipment]]:
     """Compute the chunks; the first tokens and shipments of the prompts that end here, in the plan's order."""
     works, shipments, watches, rows, start = [], [], [], [], 0

@@ -12,15 +12,18 @@ from packlight.compress.budget import keeps_all
 from packlight.compress.evict import evicts
 from packlight.compress.recipes import find_recipe
 from packlight.core.hashing import PageHash
+from packlight.core.shipping import Shipped
 from packlight.core.types import PrefillRequest
 from packlight.kv.pages import PageIds
+from packlight.prefill.marks import Marks
 from packlight.prefill.outbox import Outbox
 from packlight.prefill.scheduler import Progress, final_start
+from packlight.telemetry.traces import NO_SPAN, Span
 from packlight.transfer.base import KVSender
 
 
 class Stage(StrEnum):
-    QUEUED = "queued"  # waits for blocks; holds nothing
+    QUEUED = "queued"  # waits for its turn; holds nothing
     PREFILLING = "prefilling"  # holds blocks
     SHIPPING = "shipping"  # everything is computed, blocks are back in the cache; events wait to be read
     CLOSED = "closed"
@@ -39,14 +42,23 @@ class Task:
     num_cached: int = 0
     num_done: int = 0
     started_s: float = 0.0
+    told_s: float = 0.0  # when the reader last heard that its turn will come
     cancelled: bool = False
     sender: KVSender | None = None
     accumulated: AccumulatedMass | None = None
     has_shadow: bool = False
+    shipped: Shipped | None = None
+    span: Span = NO_SPAN
+    marks: Marks | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.request.token_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens to compute."""
+        return self.num_tokens - self.num_done
 
     @property
     def anchor(self) -> int:

@@ -22,24 +22,29 @@ from packlight.core.config import PrefillConfig
 from packlight.core.errors import Draining, InternalError, PacklightError, QueueFull, RequestNeverFits
 from packlight.core.hashing import page_hashes
 from packlight.core.rate import Rate, StepTimer
-from packlight.core.shipping import FirstToken, PrefillEvent, Shipped
+from packlight.core.shipping import FirstToken, PrefillEvent, Shipped, Waiting
 from packlight.core.types import PrefillRequest, Token, WorkerLoad
 from packlight.engine.compute import Compute
-from packlight.engine.runner import Runner
+from packlight.engine.runner import PrefillRunner, Runner
 from packlight.prefill.blocks import Blocks
 from packlight.prefill.dispatch import Dispatch
+from packlight.prefill.marks import Marks
 from packlight.prefill.outbox import Outbox
 from packlight.prefill.scheduler import ChunkPlan, plan_step, step_room
 from packlight.prefill.shadow import Shadows
 from packlight.prefill.shipper import Shipment
+from packlight.prefill.spans import tell_span
 from packlight.prefill.step import run_step
 from packlight.prefill.task import Stage, Task
 from packlight.telemetry.logs import log_event
 from packlight.telemetry.metrics import PrefillMetrics
+from packlight.telemetry.traces import NO_TRACER, Kind, Span, Tracer, ending
+from packlight.transfer.base import Site
 
 log = logging.getLogger(__name__)
 Clock = Callable[[], float]
 
+REASSURE_S = 2.0
 PACE_HALF_LIFE_S = 1.0
 """How soon the size of the next step follows the speed of the last ones: attention slows a long prompt down."""
 
@@ -50,16 +55,21 @@ class PrefillWorker:
     def __init__(
         self,
         config: PrefillConfig,
-        runner: Runner,
+        runner: PrefillRunner,
         compute: Compute,
         *,
         metrics: PrefillMetrics,
+        tracer: Tracer = NO_TRACER,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._config, self._runner, self._compute, self._metrics, self._clock = config, runner, compute, metrics, clock
+        self._config, self._runner, self._compute = config, runner, compute
+        self._metrics, self._tracer, self._clock = metrics, tracer, clock
         self.blocks = Blocks(runner.pool.num_blocks, runner.pool.page_size)
-        self._dispatch = Dispatch(runner)
-        self._shadows = Shadows(config.shadow_ratio, runner, compute, self.blocks.book, metrics)
+        self._dispatch = Dispatch(
+            runner, Site(config.host, config.advertise, runner.pool.device, on_link=metrics.count_link)
+        )
+        shadow_ratio = config.shadow_ratio if isinstance(runner, Runner) else 0.0
+        self._shadows = Shadows(shadow_ratio, runner, compute, self.blocks.book, metrics)
         self._queue: list[Task] = []
         self._admitted: list[Task] = []
         self._shipping: set[Task] = set()
@@ -82,29 +92,33 @@ class PrefillWorker:
         """The events of one request, see `core/shipping.py`. Closing the iterator cancels the rest of the work.
 
         Raises QueueFull, Draining, RequestNeverFits or ShipmentIncompatible before anything is computed."""
-        task = self._accept(request)
-        try:
-            async with aclosing(task.outbox.read()) as events:
-                async for event in events:
-                    yield event
-        finally:
-            self._leave(task)
+        with ending(self._tracer.start("prefill", request.trace, kind=Kind.SERVER)) as span:
+            task = self._accept(request, span)
+            try:
+                async with aclosing(task.outbox.read()) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                self._leave(task)
 
     async def run(self) -> None:
         """Step for ever. A step that raises fails its requests, not the worker; books that do not balance end it."""
-        while True:
-            if not self._queue and not self._admitted:
-                self.blocks.check_idle()
-                self._wake.clear()
-                await self._wake.wait()
-            await self._step()
+        try:
+            while True:
+                if not self._queue and not self._admitted:
+                    self.blocks.check_idle()
+                    self._wake.clear()
+                    await self._wake.wait()
+                await self._step()
+        finally:
+            self._dispatch.close()
 
     def load(self) -> WorkerLoad:
         waiting, pace = [*self._queue, *self._admitted], self._timer.pace
         return WorkerLoad(
             num_running=len(self._admitted) + len(self._shipping),
             num_queued=len(self._queue),
-            num_queued_tokens=sum(task.num_tokens - task.num_done for task in waiting),
+            num_queued_tokens=sum(task.num_left for task in waiting),
             num_free_pages=self.blocks.num_available,
             num_total_pages=self.blocks.book.num_pages,
             tokens_per_s=1.0 / pace.token_s if pace else 0.0,
@@ -146,6 +160,7 @@ class PrefillWorker:
             return
         self._measure(plan, ran.took_s)
         self._commit(plan, tasks, *ran.result)
+        self._reassure()
         await self._shadows.compare_all()
 
     def _room(self) -> int:
@@ -162,13 +177,16 @@ class PrefillWorker:
             self._close(task)
 
     def _admit(self) -> None:
-        """Give blocks to waiting requests, oldest first, as long as they fit and readers keep up."""
-        while self._queue and len(self._admitted) + len(self._shipping) < 2 * self._config.max_prompts:
+        """Give blocks to waiting requests, oldest first, as long as the next step has room, they fit and readers keep
+        up. One whose prefix is being computed for another waits until it is there: nothing is computed twice."""
+        room = self._room() - sum(task.num_left for task in self._admitted)
+        while self._queue and room > 0 and len(self._admitted) + len(self._shipping) < 2 * self._config.max_prompts:
             task = self._queue[0]
-            if not self._start(task):
+            if self.blocks.is_coming(task, self._admitted) or not self._start(task):
                 break
             self._queue.pop(0)
             self._admitted.append(task)
+            room -= task.num_left
         self._show_state()
 
     def _show_state(self) -> None:
@@ -183,7 +201,7 @@ class PrefillWorker:
         if not self.blocks.take(task):
             return False
         if task.needs_all_queries:
-            spec, device = self._runner.model.spec, self._runner.pool.k.device
+            spec, device = self._runner.model.spec, self._runner.pool.device
             task.accumulated = AccumulatedMass(spec.num_layers, spec.num_kv_heads, task.anchor, device)
         task.stage, task.started_s = Stage.PREFILLING, self._clock()
         return True
@@ -198,9 +216,19 @@ class PrefillWorker:
         ended = iter(zip(tokens, shipments, strict=True))
         for chunk, task in zip(plan, tasks, strict=True):
             task.num_done = chunk.end
+            if task.marks is not None:
+                task.marks.chunks.append((chunk.start, chunk.end, self._clock()))
             result = next(ended) if chunk.end == task.num_tokens else None
             if result is not None and not task.cancelled:
                 self._finish(task, *result)
+
+    def _reassure(self) -> None:
+        """Whoever waits learns that the worker steps. Without steps nobody does: that is what a silence means."""
+        now = self._clock()
+        for task in [*self._queue, *self._admitted]:
+            if now - task.told_s >= REASSURE_S:
+                task.told_s = now
+                task.outbox.put(Waiting())
 
     def _finish(self, task: Task, token: Token | InternalError, shipment: Shipment) -> None:
         if isinstance(token, Token) and shipment.shadow is not None:
@@ -218,6 +246,7 @@ class PrefillWorker:
             queue_s=task.started_s - task.arrived_s,
             prefill_s=self._clock() - task.started_s,
         )
+        task.shipped = shipped
         task.outbox.put(shipped)
         self._observe(task, shipped)
 
@@ -242,7 +271,7 @@ class PrefillWorker:
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def _accept(self, request: PrefillRequest) -> Task:
+    def _accept(self, request: PrefillRequest, span: Span) -> Task:
         try:
             self._refuse(request)
         except PacklightError:
@@ -256,11 +285,14 @@ class PrefillWorker:
                 request.token_ids, pool.page_size, fingerprint=spec.fingerprint, salt=request.cache_salt
             ),
             outbox=Outbox(),
-            arrived_s=self._clock(),
+            arrived_s=(now := self._clock()),
+            told_s=now,
             transport=transport,
             sender=sender,
             window=1 if keeps_all(request.pack, request.num_prompt_tokens) else request.pack.window,
             has_shadow=self._shadows.wants(request),
+            span=span,
+            marks=Marks() if span.is_recording else None,
         )
         self._queue.append(task)
         self._show_state()
@@ -290,9 +322,13 @@ class PrefillWorker:
             if task.stage is Stage.QUEUED:
                 self._queue.remove(task)
             self._close(task)
+        if task.marks is not None:
+            tell_span(task, task.marks, self._clock())
         self._shipped.add(task.outbox.sent.amount, task.outbox.sent.elapsed_s)
         if task.outbox.is_complete:
-            self._metrics.observe_shipping(task.transport, task.outbox.time.busy_s, task.outbox.time.exposed_s)
+            time = task.outbox.time
+            self._metrics.observe_shipping(task.transport, time.busy_s, time.exposed_s)
+            self._metrics.count_layers(task.transport, time.num_inline, time.num_beside)
         self._wake.set()
 
     def _close(self, task: Task) -> None:

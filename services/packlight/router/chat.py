@@ -12,7 +12,7 @@ from typing import Any
 from packlight.core.types import FinishReason, Token
 from packlight.router.choice import Delta, ShownToken
 from packlight.router.dialect import Json, clip
-from packlight.router.instructions import num_instructing_tokens
+from packlight.router.instructions import Instructions
 from packlight.router.prompts import PromptLimits
 from packlight.router.schema import ChatBody, Message
 from packlight.router.service import ServedModel
@@ -30,6 +30,7 @@ class ChatDialect:
     def __init__(self, model: ServedModel, limits: PromptLimits) -> None:
         self._tokenizer = model.tokenizer
         self._limits = limits
+        self._instructions = Instructions()
         self._thinks_by_default = thinks_by_default(model.tokenizer)
 
     def prompts(self, body: ChatBody, max_prompts: int) -> list[list[int]]:
@@ -44,7 +45,8 @@ class ChatDialect:
         def tokenise(messages: Sequence[Message]) -> list[int]:
             return self._tokens(messages, body)
 
-        return num_instructing_tokens(body.messages, token_ids, limit, tokenise)
+        options = body.chat_template_kwargs
+        return self._instructions.num_tokens(body.messages, token_ids, limit, tokenise, options)
 
     def opening(self, index: int) -> Json:
         return _choice(index, {"role": "assistant", "content": "", "refusal": None})

@@ -7,7 +7,8 @@ here the work races `http.disconnect` instead, whether the answer is a stream or
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
@@ -56,21 +57,26 @@ def _too_large(max_bytes: int) -> HTTPException:
     return HTTPException(413, f"The request body is larger than {max_bytes} bytes, the most accepted.", headers=_CLOSE)
 
 
-async def until_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """The result of `work`, or Cancelled as soon as the client is gone. `work` has ended in every case."""
-    worker = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(receive))
+async def until_disconnect(work: Coroutine[Any, Any, T], receive: Receive, is_answered: Callable[[], bool]) -> T:
+    """The result of `work`, or Cancelled as soon as the client is gone before it has all of its answer. `work` has
+    ended in every case."""
     try:
-        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not worker.done():
-            raise Cancelled("the client went away")
-        return worker.result()
-    finally:
-        for task in (worker, watcher):
-            task.cancel()
-        await asyncio.gather(worker, watcher, return_exceptions=True)
+        async with asyncio.timeout(None) as presence:
+            watcher = asyncio.create_task(_end_on_disconnect(presence, receive, is_answered))
+            try:
+                return await work
+            finally:
+                watcher.cancel()
+    except TimeoutError:
+        if not presence.expired():
+            raise
+        raise Cancelled("the client went away") from None
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _end_on_disconnect(presence: asyncio.Timeout, receive: Receive, is_answered: Callable[[], bool]) -> None:
+    """Expires `presence` when the client is gone. One that cannot be heard any more is gone, too."""
+    with suppress(Exception):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    if not is_answered():
+        presence.reschedule(0.0)

@@ -28,17 +28,22 @@ from packlight.router.answer import Envelope, StreamedAnswer, WholeAnswer, syste
 from packlight.router.choice import Choice
 from packlight.router.dialect import Dialect
 from packlight.router.disconnect import read_body, until_disconnect
-from packlight.router.errors import Outcome, log_problem, problem_of
+from packlight.router.errors import Outcome, Problem, log_problem, problem_of
+from packlight.router.explain import explanation
 from packlight.router.generation import Generation
 from packlight.router.job import Job, JobReader
+from packlight.router.keepalive import KeepAlive
 from packlight.router.limits import Gate, Slot
 from packlight.router.middleware import request_id_of
+from packlight.router.server_timing import server_timing_header
 from packlight.router.service import Backend, ServedModel
+from packlight.router.spans import Told, end_answer, start_answer
 from packlight.router.sse import Reply
 from packlight.router.usage import num_cached_tokens, usage_report
 from packlight.router.validate import warning_header
 from packlight.telemetry.logs import log_event
 from packlight.telemetry.metrics import RouterMetrics
+from packlight.telemetry.traces import Tracer
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +58,7 @@ class Services:
     metrics: RouterMetrics
     gate: Gate
     reader: JobReader
+    tracer: Tracer
     clock: Callable[[], float]
     wall_clock: Callable[[], float]
 
@@ -81,10 +87,12 @@ class _Exchange:
         self._request_id = request_id_of(scope)
         self._answer_id = dialect.id_prefix + uuid4().hex
         self._started_at = services.clock()
+        self._span = start_answer(services.tracer, scope, dialect.name, services.spec.name)
         self._prepare_s = 0.0
+        self._job: Job | None = None
         self._choices: list[Choice] = []
         self._num_samples = 1
-        self._error = "-"
+        self._problem: Problem | None = None
 
     async def run(self) -> None:
         """Never raises, except when the server itself is cancelled. Ends in exactly one outcome, which is counted."""
@@ -104,7 +112,7 @@ class _Exchange:
                 async with asyncio.timeout(self._services.config.request_timeout_s) as deadline:
                     slot.ends_with(deadline)
                     data = await read_body(self._scope, self._receive, self._services.config.max_body_bytes)
-                    await until_disconnect(self._answer(data, slot), self._receive)
+                    await until_disconnect(self._answer(data, slot), self._receive, lambda: self._reply.is_complete)
             except TimeoutError:
                 if not deadline.expired():
                     raise
@@ -120,12 +128,10 @@ class _Exchange:
 
     async def _answer(self, data: bytes, slot: Slot) -> None:
         job = await asyncio.to_thread(
-            self._services.reader.read, data, self._dialect, self._answer_id, self._time_left_s
+            self._services.reader.read, data, self._dialect, self._answer_id, self._time_left_s, self._span.context
         )
         slot.grow(len(job.requests))
-        self._prepare_s = self._elapsed_s()
         self._note(job)
-        self._num_samples = job.num_samples
         tokenizer = self._services.model.tokenizer
         self._choices = [
             Choice(index, request, tokenizer, job.stops, plan)
@@ -136,31 +142,34 @@ class _Exchange:
 
     async def _send_stream(self, job: Job, generation: Generation) -> None:
         answer = StreamedAnswer(job, self._dialect, self._envelope(), self._choices)
-        async for delta in generation.deltas(self._services.config.keepalive_s):
-            if delta is None:
-                if self._reply.is_streaming:
-                    await self._reply.keep_alive()
-                continue
-            if not self._reply.is_streaming:
-                await self._reply.open_stream(self._headers(job))
-            await self._reply.send_events(answer.chunks(delta))
+        with KeepAlive(self._reply, self._services.config.keepalive_s):
+            async for delta in generation.deltas():
+                if not self._reply.is_streaming:
+                    await self._reply.open_stream(self._headers(job))
+                await self._reply.send_events(answer.chunks(delta))
         if job.include_usage:
-            await self._reply.send_events([answer.usage_chunk(usage_report(job, self._choices, self._prepare_s))])
+            await self._reply.send_events([answer.usage_chunk(await self._report(job))])
         await self._reply.close_stream()
 
     async def _send_whole(self, job: Job, generation: Generation) -> None:
         answer = WholeAnswer(self._dialect, self._envelope(), self._choices)
         async for delta in generation.deltas():
-            if delta is not None:
-                answer.add(delta)
-        body = answer.body(usage_report(job, self._choices, self._prepare_s))
-        await self._reply.send_json(body, headers=self._headers(job))
+            answer.add(delta)
+        report = await self._report(job)
+        headers = self._headers(job) | server_timing_header(report)
+        await self._reply.send_json(answer.body(report), headers=headers)
+
+    async def _report(self, job: Job) -> dict[str, Any]:
+        report = usage_report(job, self._choices, self._prepare_s)
+        if job.explain and report["kv"] is not None:
+            tokenizer = self._services.model.tokenizer
+            report["kv"]["explain"] = await asyncio.to_thread(explanation, self._choices[0], tokenizer)
+        return report
 
     async def _fail(self, error: Exception) -> Outcome:
-        problem = problem_of(error)
-        self._error = problem.kind
+        self._problem = problem = problem_of(error)
         self._services.metrics.count_error(problem.kind)
-        log_problem(problem, error, self._request_id, self._answer_id)
+        log_problem(problem, error, self._request_id, self._answer_id, self._span.context)
         try:
             await self._reply.fail(problem)
         except Exception as unsent:
@@ -181,6 +190,8 @@ class _Exchange:
         return max(self._services.config.request_timeout_s - self._elapsed_s(), 0.0)
 
     def _note(self, job: Job) -> None:
+        self._job, self._num_samples, self._prepare_s = job, job.num_samples, self._elapsed_s()
+        self._span.child("prepare", self._started_at, self._started_at + self._prepare_s)
         metrics = self._services.metrics
         metrics.observe_prepare(self._prepare_s)
         metrics.count_prompt(job.num_prompt_tokens)
@@ -196,16 +207,38 @@ class _Exchange:
             _log,
             logging.INFO,
             self._dialect.name,
+            trace=self._span.context,
             request=self._request_id,
             answer=self._answer_id,
             retry=_retry_count(self._scope),
             outcome=outcome.value,
-            status=self._reply.status or Cancelled.http_status,
-            error=self._error,
+            status=self._status,
+            error=self._problem.kind if self._problem else "-",
             prompt=sum(choice.request.num_prompt_tokens for choice in self._choices),
             generated=sum(choice.num_generated for choice in self._choices),
             seconds=round(seconds, 3),
         )
+        self._end_span(outcome)
+
+    @property
+    def _status(self) -> int:
+        return self._reply.status or Cancelled.http_status
+
+    def _end_span(self, outcome: Outcome) -> None:
+        began = [choice.first_token_at for choice in self._choices if choice.first_token_at is not None]
+        told = Told(
+            request_id=self._request_id,
+            answer_id=self._answer_id,
+            model=self._services.spec.name,
+            outcome=outcome,
+            status=self._status,
+            problem=self._problem,
+            job=self._job,
+            choices=self._choices,
+            prepare_s=self._prepare_s,
+            first_token_s=min(began) - self._started_at if began else None,
+        )
+        end_answer(self._span, told)
 
 
 def _retry_count(scope: Scope) -> str:

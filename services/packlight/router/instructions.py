@@ -6,8 +6,12 @@ by token; what the model was told to be and do may not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise, takewhile
+from threading import Lock
 from types import MappingProxyType
 
 from packlight.core.errors import InvalidRequest
@@ -22,27 +26,100 @@ _TURNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 # A message of more bytes per token than this is hardly written by a person, and not worth tokenising twice.
 _BYTES_PER_TOKEN = 8
 _TOKENS_AROUND_MESSAGE = 4
+# Longer beginnings are not remembered: they are rare, and must not fill the memory.
+_MOST_REMEMBERED_TOKENS = 4096
 
 
-def num_instructing_tokens(
-    messages: Sequence[Message], token_ids: Sequence[int], limit: int, tokenise: Tokenise
-) -> int:
-    """Of the prompt `token_ids`, how many first tokens the longest run of leading messages takes that fits in `limit`.
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """The tokens that a run of messages begins a prompt with, and the next one if something else were asked after it:
+    one token id, or none where the other conversation has ended."""
 
-    A run is the system messages, then whole turns of user and assistant, never the last question. Its tokens are those
-    that the prompt shares with a conversation in which something else is asked after the run; so templates that put the
-    system prompt inside a question are understood too. `tokenise` is given short conversations only, and few."""
-    runs = _short_runs(messages, limit * _BYTES_PER_TOKEN)
-    low, high, best = 0, len(runs), 0
-    middle = high - 1  # mostly all of them fit
-    while low < high:
-        num_tokens = _num_shared(messages, runs[middle], token_ids, tokenise)
-        if num_tokens <= limit:
-            best, low = num_tokens, middle + 1
-        else:
-            high = middle
-        middle = (low + high) // 2
-    return best
+    token_ids: array[int]
+    next_if_other: array[int]
+
+    @classmethod
+    def shared(cls, token_ids: Sequence[int], other_ids: Sequence[int]) -> _Beginning:
+        pairs = zip(other_ids, token_ids, strict=False)
+        num = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return cls(array("I", other_ids[:num]), array("I", other_ids[num : num + 1]))
+
+    def begins(self, token_ids: Sequence[int]) -> bool:
+        """Whether it is what this prompt, too, would share with the other conversation."""
+        num = len(self.token_ids)
+        same, following = array("I", token_ids[:num]), array("I", token_ids[num : num + 1])
+        return same == self.token_ids and (not following or following != self.next_if_other)
+
+
+class Instructions:
+    """Counts the tokens that instruct. Remembers how the last `max_runs` runs of messages began a prompt, as an
+    application says the same to every request. What is remembered is compared with each prompt, so a template that
+    writes the date is understood. Thread-safe."""
+
+    def __init__(self, max_runs: int = 256) -> None:
+        self._max_runs = max_runs
+        self._known: OrderedDict[Hashable, _Beginning] = OrderedDict()  # least recently used first
+        self._lock = Lock()
+
+    def num_tokens(
+        self,
+        messages: Sequence[Message],
+        token_ids: Sequence[int],
+        limit: int,
+        tokenise: Tokenise,
+        options: Hashable = None,
+    ) -> int:
+        """Of the prompt `token_ids`, how many first tokens the longest run of leading messages takes that fits in
+        `limit`.
+
+        A run is the system messages, then whole turns of user and assistant, never the last question. Its tokens are
+        those that the prompt shares with a conversation in which something else is asked after the run; so templates
+        that put the system prompt inside a question are understood too. `tokenise` is given short conversations only,
+        and few; `options` are what else its tokens depend on."""
+        runs = _short_runs(messages, limit * _BYTES_PER_TOKEN)
+        low, high, best = 0, len(runs), 0
+        middle = high - 1  # mostly all of them fit
+        while low < high:
+            num_tokens = self._num_shared(messages, runs[middle], token_ids, tokenise, options)
+            if num_tokens <= limit:
+                best, low = num_tokens, middle + 1
+            else:
+                high = middle
+            middle = (low + high) // 2
+        return best
+
+    def _num_shared(
+        self, messages: Sequence[Message], run: int, token_ids: Sequence[int], tokenise: Tokenise, options: Hashable
+    ) -> int:
+        """The tokens before the question that follows the run: those that do not change when it does. None where the
+        template refuses the shorter conversation."""
+        other = "1" if (messages[run].content or "").lstrip().startswith("0") else "0"
+        key = (options, other, *map(_said, messages[:run]))
+        beginning = self._recall(key)
+        if beginning is None or not beginning.begins(token_ids):
+            try:
+                other_ids = tokenise([*messages[:run], Message(role="user", content=other)])
+            except InvalidRequest:
+                return 0
+            beginning = _Beginning.shared(token_ids, other_ids)
+            self._remember(key, beginning)
+        return len(beginning.token_ids)
+
+    def _recall(self, key: Hashable) -> _Beginning | None:
+        with self._lock:
+            beginning = self._known.get(key)
+            if beginning is not None:
+                self._known.move_to_end(key)
+            return beginning
+
+    def _remember(self, key: Hashable, beginning: _Beginning) -> None:
+        if len(beginning.token_ids) > _MOST_REMEMBERED_TOKENS:
+            return
+        with self._lock:
+            self._known[key] = beginning
+            self._known.move_to_end(key)
+            while len(self._known) > self._max_runs:
+                self._known.popitem(last=False)
 
 
 def _short_runs(messages: Sequence[Message], max_bytes: int) -> list[int]:
@@ -59,14 +136,7 @@ def _short_runs(messages: Sequence[Message], max_bytes: int) -> list[int]:
     return runs
 
 
-def _num_shared(messages: Sequence[Message], run: int, token_ids: Sequence[int], tokenise: Tokenise) -> int:
-    """The tokens before the question that follows the run: those that do not change when it does. None where the
-    template refuses the shorter conversation."""
-    question = (messages[run].content or "").lstrip()
-    other = Message(role="user", content="1" if question.startswith("0") else "0")
-    try:
-        other_ids = tokenise([*messages[:run], other])
-    except InvalidRequest:
-        return 0
-    pairs = zip(other_ids, token_ids, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+def _said(message: Message) -> Hashable:
+    """All that a template sees of a message."""
+    calls = repr(message.tool_calls) if message.tool_calls else None
+    return message.role, message.content, message.name, message.tool_call_id, calls

@@ -14,6 +14,7 @@ from typing import Any
 from packlight.compress.policy import Plan, Policy
 from packlight.core.config import Config
 from packlight.core.errors import InvalidRequest, ModelNotFound
+from packlight.core.trace import TraceContext
 from packlight.core.types import GenerateRequest, ModelSpec
 from packlight.router.dialect import Dialect
 from packlight.router.params import answer_room, derive_seed, sampling_params, stop_rules
@@ -33,6 +34,7 @@ class Job:
     stream: bool
     include_usage: bool
     running_usage: bool
+    explain: bool
     ignored: list[str]
 
     @property
@@ -48,24 +50,33 @@ class JobReader:
         """Raises ConfigError for packing that cannot be."""
         self._config, self._spec, self._policy = config.router, spec, Policy(config.kv, spec)
 
-    def read(self, data: bytes, dialect: Dialect[Any], answer_id: str, time_left_s: Callable[[], float]) -> Job:
-        """Raises InvalidRequest, ContextLengthExceeded or ModelNotFound."""
+    def read(
+        self,
+        data: bytes,
+        dialect: Dialect[Any],
+        answer_id: str,
+        time_left_s: Callable[[], float],
+        trace: TraceContext | None = None,
+    ) -> Job:
+        """`trace` is the request's span. Raises InvalidRequest, ContextLengthExceeded or ModelNotFound."""
         body, ignored = read_request(data, dialect.body_type)
         if body.model != self._spec.name:
             raise ModelNotFound(f"This model does not exist. This server has '{self._spec.name}'.", param="model")
         prompts = dialect.prompts(body, self._most_prompts(body))
+        _check_explained(body, prompts)
         rooms = [self._room(body, tokens, dialect.prompt_param) for tokens in prompts]
         plans = [self._plan(body, tokens, dialect) for tokens in prompts]
         options = body.stream_options or StreamOptions()
         return Job(
             answer_id=answer_id,
-            requests=self._requests(body, prompts, rooms, plans, answer_id, time_left_s()),
+            requests=self._requests(body, prompts, rooms, plans, answer_id, time_left_s(), trace),
             plans=tuple(plan for plan in plans for _ in range(body.n)),
             num_samples=body.n,
             stops=tuple(body.stop),
             stream=body.stream,
             include_usage=options.include_usage,
             running_usage=options.continuous_usage_stats,
+            explain=body.explain,
             ignored=ignored,
         )
 
@@ -85,7 +96,7 @@ class JobReader:
         return answer_room(len(tokens), body.max_new_tokens, default, self._spec.max_context, param)
 
     def _plan(self, body: Body, tokens: list[int], dialect: Dialect[Any]) -> Plan:
-        plan = self._policy.plan(body.kv, len(tokens), is_reasoning=dialect.is_reasoning(body))
+        plan = self._policy.plan(body.packing, len(tokens), is_reasoning=dialect.is_reasoning(body))
         if not plan.max_protected:
             return plan
         return plan.protecting(dialect.num_instructing(body, tokens, plan.max_protected))
@@ -98,6 +109,7 @@ class JobReader:
         plans: list[Plan],
         answer_id: str,
         deadline_s: float,
+        trace: TraceContext | None,
     ) -> tuple[GenerateRequest, ...]:
         seed = secrets.randbits(63) if body.seed is None else body.seed
         # An explicit cache policy without breakpoints means "do not share": a salt that nobody else has.
@@ -112,7 +124,16 @@ class JobReader:
                 pack=plan.usual.pack,
                 cache_salt=salt,
                 deadline_s=deadline_s,
+                explain=body.explain and sample == 0,
+                trace=trace,
             )
             for prompt_index, (tokens, room, plan) in enumerate(zip(map(tuple, prompts), rooms, plans, strict=True))
             for sample in range(body.n)
         )
+
+
+def _check_explained(body: Body, prompts: list[list[int]]) -> None:
+    """An explanation is of one prompt; its samples are packed alike."""
+    if body.explain and len(prompts) > 1:
+        problem = f"got {len(prompts)} prompts, and only one can be explained; ask for each by itself"
+        raise InvalidRequest(f"kv.explain: {problem}", param="kv.explain")

@@ -28,20 +28,25 @@ from packlight.core.types import (
     GenerateEvent,
     GenerateRequest,
     ModelSpec,
+    PackSpec,
     Progress,
     Role,
     Tokens,
     Usage,
     WorkerId,
     WorkerInfo,
+    is_terminal,
 )
 from packlight.fleet.view import FleetView
 from packlight.prefix.base import PrefixIndex
 from packlight.router.clients import DecodeClients
 from packlight.router.placement import Demand, Outlook, Pair, place
+from packlight.router.readiness import serves, why_not_ready
 from packlight.router.service import BackendEvent, Decided, Readiness
+from packlight.router.spans import end_attempt, tell_attempt, tell_route
 from packlight.telemetry.logs import log_event
 from packlight.telemetry.metrics import RouterMetrics
+from packlight.telemetry.traces import NO_TRACER, Kind, Tracer, ending, span_error, traced
 
 log = logging.getLogger(__name__)
 
@@ -115,17 +120,18 @@ class Pipeline:
         metrics: RouterMetrics,
         *,
         random: Random | None = None,
+        tracer: Tracer = NO_TRACER,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._spec, self._index, self._view = config, spec, index, view
         self._clients, self._metrics, self._random, self._clock = clients, metrics, random or Random(), clock
-        self._sent = Sent()
+        self._tracer, self._sent = tracer, Sent()
 
     def readiness(self) -> Readiness:
         """Ready when a compatible pair of workers is alive, or a decode worker that prefills itself."""
-        workers = [worker for worker in self._workers() if not worker.draining]
-        hashes = [{w.compatibility for w in workers if w.role is role} for role in Role]
-        can_serve = bool(hashes[0] & hashes[1]) or any(worker.local_prefill for worker in workers)
+        listed = self._view.workers(Role.PREFILL) + self._view.workers(Role.DECODE)
+        why_not = why_not_ready(listed, self._spec)
+        workers = [worker for worker in listed if serves(worker, self._spec) and not worker.draining]
         counts = {role.value: sum(worker.role is role for worker in workers) for role in Role}
         for role, num in counts.items():
             self._metrics.set_workers(role, num)
@@ -135,7 +141,11 @@ class Pipeline:
             "prefix_index": "available" if self._index.available else "away: placing by load alone",
             "fleet_registry": "available" if self._view.available else "away: using the last known workers",
         }
-        return Readiness(can_serve, details)
+        return Readiness(why_not is None, details | ({"why_not": why_not} if why_not else {}))
+
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """As the registry lists them, those of another model included."""
+        return self._view.workers(Role.PREFILL) + self._view.workers(Role.DECODE)
 
     async def generate(self, request: GenerateRequest, plan: Plan | None = None) -> AsyncGenerator[BackendEvent, None]:
         """The events of one answer, whatever number of workers it takes. When no worker is left to try, the error of
@@ -158,7 +168,7 @@ class Pipeline:
                 self._metrics.count_retry(type(error).__name__)
             # Whoever takes over selects as the first one did, whatever it has cached.
             plan = Plan(decision)
-            request, now = replace(request, pack=decision.pack), replace(now, pack=decision.pack)
+            request, now = _packed(request, decision.pack), _sent_to(pair, now, decision.pack)
             async with aclosing(self._attempt(now, pair)) as events:
                 async for event in events:
                     if isinstance(event, Failed):
@@ -171,6 +181,7 @@ class Pipeline:
                 log,
                 logging.WARNING,
                 "attempt failed",
+                trace=now.trace,
                 answer=now.request_id,
                 worker=error.worker_id,
                 error=type(error).__name__,
@@ -185,19 +196,23 @@ class Pipeline:
     # ── one attempt ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _resumed(self, request: GenerateRequest, so_far: SoFar, attempt: int, spent_s: float) -> GenerateRequest:
+        token_ids = request.token_ids
         return replace(
             request,
             request_id=f"{request.request_id}.{attempt}",
-            token_ids=(*request.token_ids, *so_far.token_ids),
+            token_ids=(*token_ids, *so_far.token_ids) if so_far.token_ids else token_ids,
             deadline_s=max(0.001, request.deadline_s - spent_s),
         )
 
     async def _place(self, request: GenerateRequest, plan: Plan, avoid: frozenset[WorkerId]) -> Pair:
         started = self._clock()
-        workers = self._workers()
-        matched = await self._match(request, workers) if plan.looks_at_cache(request.num_prompt_tokens) else {}
-        outlook = Outlook(matched, self._sent.tokens, self._sent.requests)
-        pair = self._choose(workers, self._demand(request, workers), outlook, avoid)
+        with ending(self._tracer.start("route", request.trace)) as span:
+            workers = self._workers()
+            matched = await self._match(request, workers) if plan.looks_at_cache(request.num_prompt_tokens) else {}
+            span.moment("matched")
+            outlook = Outlook(matched, self._sent.tokens, self._sent.requests)
+            pair = self._choose(workers, self._demand(request, workers), outlook, avoid)
+            tell_route(span, request, pair)
         self._metrics.observe_route(self._clock() - started)
         self._metrics.count_placement(pair.where, pair.reason)
         return pair
@@ -214,7 +229,8 @@ class Pipeline:
 
     def _workers(self) -> tuple[WorkerInfo, ...]:
         """Asked role by role: suspects are passed over only if somebody of their own role is left."""
-        return self._view.workers(Role.PREFILL) + self._view.workers(Role.DECODE)
+        listed = self._view.workers(Role.PREFILL) + self._view.workers(Role.DECODE)
+        return tuple(worker for worker in listed if serves(worker, self._spec))
 
     async def _match(self, request: GenerateRequest, workers: tuple[WorkerInfo, ...]) -> dict[WorkerId, int]:
         """Pages of the prompt that each worker holds. One look-up per kind of model in the fleet: one."""
@@ -243,22 +259,26 @@ class Pipeline:
 
     async def _attempt(self, request: GenerateRequest, pair: Pair) -> AsyncGenerator[GenerateEvent, None]:
         """One try at one pair; what the client raises becomes a `Failed`."""
-        request = replace(request, prefill_id=pair.prefill.worker_id, prefill_address=pair.prefill.address)
         num_cached = pair.num_cached_tokens if uses_cache(request.pack, request.num_prompt_tokens) else 0
         prefilling = self._sent.prefilling(pair.prefill.worker_id, len(request.token_ids) - num_cached)
         started, has_begun = self._clock(), False
-        with prefilling as prefilled, self._sent.decoding(pair.decode.worker_id):
+        attempt = ending(self._tracer.start("attempt", request.trace, kind=Kind.CLIENT))
+        with prefilling as prefilled, self._sent.decoding(pair.decode.worker_id), attempt as span:
+            tell_attempt(span, request, pair)
             try:
-                async with aclosing(self._clients.get(pair.decode).generate(request)) as events:
+                async with aclosing(self._clients.get(pair.decode).generate(traced(request, span))) as events:
                     async for event in events:
                         if not has_begun:
                             has_begun = True
                             prefilled()
                             if not isinstance(event, Failed):
                                 self._metrics.observe_prediction(pair.where, pair.ttft_s, self._clock() - started)
+                        if is_terminal(event):
+                            end_attempt(span, event)
                         yield event
             except PacklightError as error:
                 error.worker_id = error.worker_id or pair.decode.worker_id
+                span.end(span_error(error))
                 yield Failed(request.request_id, error)
 
     def _blame(self, error: PacklightError, pair: Pair) -> WorkerId:
@@ -267,3 +287,12 @@ class Pipeline:
         if isinstance(error, WorkerLost):
             self._view.suspect(culprit.worker_id, culprit.generation)
         return culprit.worker_id
+
+
+def _packed(request: GenerateRequest, pack: PackSpec) -> GenerateRequest:
+    return request if request.pack is pack else replace(request, pack=pack)
+
+
+def _sent_to(pair: Pair, request: GenerateRequest, pack: PackSpec) -> GenerateRequest:
+    prefill = pair.prefill
+    return replace(request, pack=pack, prefill_id=prefill.worker_id, prefill_address=prefill.address)

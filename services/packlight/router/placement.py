@@ -8,7 +8,8 @@ ways there are to do it are compared by one cost in seconds:
 
 A second is a second, whoever waits. Among near-ties the longest cached prefix wins, so that a prefix does not spread
 over all caches; then the pair that ships nothing; then the decode worker with most room; then chance, so that routers
-that see the same state do not all pick the same workers.
+that see the same state do not all pick the same workers. Where links are known to differ, a slower one counts like more
+requests on the decode worker behind it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from packlight.core.types import LocalPrefill, Role, WorkerId, WorkerInfo
 ASSUMED_TOKENS_PER_S = 1000.0  # of a worker that has not measured itself, unless others of the fleet are known faster
 ASSUMED_BYTES_PER_S = 1e9
 ASSUMED_ARRIVALS_PER_S = 0.5  # requests that begin to decode on a worker while it prefills
+REQUEST_S = 0.05  # one more request on a decode worker is as bad as waiting this much longer for the KV
 HOP_S = 0.005  # a call from decode to prefill, until its first event is back
 NEAR_TIE = 1.1  # costs within 10 % of the best ...
 NEAR_TIE_S = 0.005  # ... or within 5 ms are equally good
@@ -100,10 +102,8 @@ def place(
     longest = max(cached_tokens(option.prefill, demand, outlook) for option in best)
     best = [option for option in best if cached_tokens(option.prefill, demand, outlook) == longest]
     best = [option for option in best if option.local] or best
-    partners = {decode.worker_id: decode for option in best for decode in option.decodes}
-    decode = random.choice(_near_ties(list(partners.values()), lambda one: decode_cost(one, demand, outlook)))
-    option = random.choice([option for option in best if any(one is decode for one in option.decodes)])
-    is_local, ttft_s = option.local is not None, costs.ttft_s(option)
+    option, decode = random.choice(_best_pairs(best, costs))
+    is_local, ttft_s = option.local is not None, costs.ttft_s(replace(option, decodes=[decode]))
     return Pair(option.prefill, decode, is_local, longest, ttft_s, _reason(is_local, options, usable))
 
 
@@ -129,10 +129,15 @@ class Costs:
         waiting = max(load.num_queued_tokens, self.outlook.sent_tokens.get(option.prefill.worker_id, 0))
         computing_s = waiting / self._tokens_per_s(option) + self.prefill_s(option)
         if option.local is None:
-            return computing_s + HOP_S + self.demand.shipped_bytes / (load.ship_bytes_per_s or ASSUMED_BYTES_PER_S)
+            return computing_s + HOP_S + min(self.ship_s(option.prefill, decode) for decode in option.decodes)
         (decode,) = option.decodes
         num_turns = ceil(computing_s / option.local.max_stall_s) if requests_ahead(decode, self.outlook) else 0
         return computing_s + num_turns * decode.load.step_s
+
+    def ship_s(self, prefill: WorkerInfo, decode: WorkerInfo) -> float:
+        """Of the KV, over this pair's link; over one like the worker's others while this one has not been measured."""
+        measured = decode.load.link_bytes_per_s.get(prefill.worker_id)
+        return self.demand.shipped_bytes / (measured or prefill.load.ship_bytes_per_s or ASSUMED_BYTES_PER_S)
 
     def stall_s(self, option: Option) -> float:
         """Seconds that answers wait for a local prefill: those on the worker, and half of those that begin meanwhile,
@@ -166,6 +171,20 @@ def decode_cost(decode: WorkerInfo, demand: Demand, outlook: Outlook) -> float:
     free = decode.load.num_free_pages
     must_wait = 100.0 if demand.num_pages > free else 0.0
     return requests_ahead(decode, outlook) + must_wait + (1.0 - free / max(1, decode.load.num_total_pages))
+
+
+def _best_pairs(options: Sequence[Option], costs: Costs) -> list[tuple[Option, WorkerInfo]]:
+    """Near-ties by what the decode worker costs, and how much longer than over the fastest link shipping takes."""
+    decodes = {decode.worker_id: decode for option in options for decode in option.decodes}
+    loads = {worker_id: decode_cost(decode, costs.demand, costs.outlook) for worker_id, decode in decodes.items()}
+    pairs = [(option, decode) for option in options for decode in option.decodes]
+    ship_s = [0.0 if option.local else costs.ship_s(option.prefill, decode) for option, decode in pairs]
+    fastest = min(ship_s)
+    weighed = [
+        (pair, loads[pair[1].worker_id] + (seconds - fastest) / REQUEST_S)
+        for pair, seconds in zip(pairs, ship_s, strict=True)
+    ]
+    return [pair for pair, _ in _near_ties(weighed, lambda one: one[1])]
 
 
 # ── which options there are ──────────────────────────────────────────────────────────────────────────────────────────

@@ -20,6 +20,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=1)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0)]
+# The option of the `kv` object that asks for a report and not for a packing.
+_EXPLAIN = "explain"
 
 
 class Part(BaseModel):
@@ -51,6 +53,8 @@ def _plain_options(options: Any) -> Any:
             raise fault("unknown_parameter", "It has an option that does not exist.")
         if not isinstance(value, bool | int | float | str) or (isinstance(value, str) and len(value) > 64):
             raise fault("invalid_type", "Expected a number or a short string.", name)
+        if name == _EXPLAIN and not isinstance(value, bool):
+            raise fault("invalid_type", "Expected a boolean.", name)
     return options
 
 
@@ -155,6 +159,16 @@ class Body(Part):
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """The options of `kv` that say how to pack."""
+        return {name: value for name, value in self.kv.items() if name != _EXPLAIN}
+
+    @property
+    def explain(self) -> bool:
+        """Whether the answer shall say which parts of the prompt were kept."""
+        return bool(self.kv.get(_EXPLAIN, False))
 
     @property
     def num_logprobs(self) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from packlight.router.limits import Gate
 from packlight.router.pipeline import Pipeline
 from packlight.router.service import ServedModel
 from packlight.telemetry.metrics import RouterMetrics
+from packlight.telemetry.traces import open_traces
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ async def serve(
     config: Config, environ: Mapping[str, str], stop: asyncio.Event, on_progress: Callable[[str], None]
 ) -> None:
     """Runs until `stop`. Raises StartupError if it cannot start."""
+    traces = open_traces(config.telemetry)
     index = build_index(config.index, environ, time.monotonic)
     fleet = build_fleet(config.fleet, environ, time.monotonic)
     opened = open_model(config.model, on_progress=on_progress)
@@ -120,8 +123,9 @@ async def serve(
         on_vanished=forget,
     )
     metrics = RouterMetrics(CollectorRegistry())
-    pipeline = Pipeline(config.router, opened.spec, index, view, clients, metrics)
-    app = build_app(config, ServedModel(opened.spec, opened.tokenizer), pipeline, metrics)
+    tracer = traces.tracer("router", environ.get("POD_NAME") or f"router-{socket.gethostname()}-{os.getpid()}")
+    pipeline = Pipeline(config.router, opened.spec, index, view, clients, metrics, tracer=tracer)
+    app = build_app(config, ServedModel(opened.spec, opened.tokenizer), pipeline, metrics, tracer=tracer)
     with listen(config.router) as bound:
         await view.start()
         url = base_url(bound)
@@ -133,3 +137,4 @@ async def serve(
             await clients.close()
             await index.close()
             await fleet.close()
+            await asyncio.to_thread(traces.close)

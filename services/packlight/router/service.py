@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from packlight.compress.policy import Decision, Plan
-from packlight.core.types import GenerateEvent, GenerateRequest, ModelSpec, RequestId
+from packlight.core.types import GenerateEvent, GenerateRequest, ModelSpec, RequestId, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ BackendEvent = Decided | GenerateEvent
 
 
 class Backend(Protocol):
-    """What stands behind the HTTP API. One method makes answers, one says whether it can."""
+    """What stands behind the HTTP API. One method makes answers, one says whether it can, one with whom."""
 
     def generate(self, request: GenerateRequest, plan: Plan | None = None) -> AsyncGenerator[BackendEvent, None]:
         """The events of one answer: `Decided` at most once, `Tokens` and `Progress` ..., then exactly one of `Finished`
@@ -46,6 +46,10 @@ class Backend(Protocol):
 
     def readiness(self) -> Readiness:
         """Cheap and immediate: it answers probes."""
+        ...
+
+    def workers(self) -> Sequence[WorkerInfo]:
+        """The fleet as it was last heard of."""
         ...
 
 

@@ -29,11 +29,16 @@ _FAREWELL_S = 1.0
 
 
 class Reply:
-    """Everything that one request is answered with. Nothing is sent before `send_json` or `open_stream`."""
+    """Everything that one request is answered with. Nothing is sent before `send_json` or `open_stream`.
+
+    `last_sent_at` is by the event loop's clock."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self._lock = asyncio.Lock()
         self.is_streaming = False
+        self.is_complete = False
+        self.last_sent_at = 0.0
         self.status: int | None = None
 
     async def send_json(
@@ -75,7 +80,9 @@ class Reply:
         await self._send({"type": "http.response.start", "status": status, "headers": Headers(headers).raw})
 
     async def _send_part(self, data: bytes, *, more: bool = True) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        async with self._lock:  # a comment does not get between the parts of an answer and its end
+            self.is_complete, self.last_sent_at = not more, asyncio.get_running_loop().time()
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 def _encode(body: Mapping[str, Any]) -> bytes:

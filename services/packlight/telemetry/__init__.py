@@ -1,1 +1,1 @@
-"""Metrics and logs: one catalogue, injected registries."""
+"""Metrics, logs and traces: one catalogue, injected registries and tracers."""

@@ -71,6 +71,11 @@ WORKER = (
     _gauge("oldest_queued_timestamp_seconds", "Unix time at which the request that waits longest came; 0: none waits."),
     _gauge("running_requests", "Requests admitted and unfinished."),
     _histogram("queue_seconds", PHASE_S, "Time from arrival to admission."),
+    _counter(
+        "links",
+        "Links to other workers, by what happened to them: `made`, `not made` or `dropped`.",
+        *("transport", "event"),
+    ),
     _histogram("step_seconds", STEP_S, "Duration of one step."),
 )
 ROUTER = (
@@ -121,6 +126,11 @@ PREFILL = (
         "Of that, after the prompt was computed: what computing did not hide.",
         "transport",
     ),
+    _counter(
+        "shipped_layers",
+        "Layers shipped, by whether their bytes went `inline` in the stream or `beside` it.",
+        *("transport", "way"),
+    ),
     _histogram("shadow_kl_nats", NATS, "Divergence of the next token's distribution, exact from packed KV.", "recipe"),
     _counter("shadow_tokens", "Sampled requests, by whether packed KV has the same likeliest token.", "recipe", "same"),
     _histogram("step_tokens", TOKENS, "Tokens prefilled in one step."),
@@ -138,6 +148,12 @@ DECODE = (
         "first_step_seconds", PHASE_S, "Time from the last page's arrival to the second token, the first made here."
     ),
     _histogram("stall_seconds", PHASE_S, "Time a decode step waited for a prefill step on the same cores."),
+    _counter("graph_steps", "Decode steps on GPUs, by whether a captured graph was replayed or why not.", "mode"),
+    _gauge(
+        "link_bytes_per_second",
+        "Pace at which KV came from a prefill worker, by the transport of its last shipment.",
+        *("prefill_worker", "transport"),
+    ),
 )
 
 CATALOGUE: Mapping[str, tuple[Metric, ...]] = MappingProxyType(

@@ -2,7 +2,8 @@
 
 Knows Python's logging. Does not know what is logged; by rule that is ids, counts and durations, never prompts or
 answers. Every line about a request carries its id: `request` is the HTTP request's (`x-request-id`), `answer` the
-answer's, which attempts (`.0`, `.1`, ...) and choices (`-0`, ...) on the workers extend.
+answer's, which attempts (`.0`, `.1`, ...) and choices (`-0`, ...) on the workers extend. `trace_id` is there where the
+request is part of a trace.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TextIO
+
+from packlight.core.trace import TraceContext
 
 LogFormat = Literal["pretty", "json"]
 _PRETTY = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s %(message)s"
@@ -31,9 +34,19 @@ class Event:
 
 
 def log_event(
-    log: logging.Logger, level: int, name: str, /, *, exc_info: BaseException | None = None, **facts: object
+    log: logging.Logger,
+    level: int,
+    name: str,
+    /,
+    *,
+    exc_info: BaseException | None = None,
+    trace: TraceContext | None = None,
+    **facts: object,
 ) -> None:
-    """Log an event with named facts: `name a=1 b=2` for people, keys of their own in JSON."""
+    """Log an event with named facts: `name a=1 b=2` for people, keys of their own in JSON. What belongs to a `trace`
+    says so by `trace_id`."""
+    if trace is not None:
+        facts["trace_id"] = trace.trace_id
     log.log(level, Event(name, facts), exc_info=exc_info)
 
 

@@ -185,6 +185,7 @@ class _WorkerMetrics:
         self._running = made.gauge("running_requests")
         self._queue_s = made.histogram("queue_seconds")
         self._step_s = made.histogram("step_seconds")
+        self._links = made.counter("links")
         self._shipments = _Shipments(made)
 
     def count_request(self, outcome: str) -> None:
@@ -203,6 +204,10 @@ class _WorkerMetrics:
         right while nothing happens: that is when it matters."""
         self._queued.set(num)
         self._oldest_queued.set(self._wall_clock() - oldest_wait_s if num else 0)
+
+    def count_link(self, transport: str, event: str) -> None:
+        """From any thread."""
+        self._links.labels(transport, event).inc()
 
     def set_running(self, num: int) -> None:
         self._running.set(num)
@@ -228,6 +233,7 @@ class PrefillMetrics(_WorkerMetrics):
         self._ship_exposed_s = made.histogram("ship_exposed_seconds")
         self._step_tokens = made.histogram("step_tokens")
         self._step_prompts = made.histogram("step_prompts")
+        self._layers = made.counter("shipped_layers")
         self._shadow_kl = made.histogram("shadow_kl_nats")
         self._shadow_tokens = made.counter("shadow_tokens")
 
@@ -244,6 +250,11 @@ class PrefillMetrics(_WorkerMetrics):
         """One shipment is over: how long its layers took, and for how long of it nothing was computed of the prompt."""
         self._ship_s.labels(transport).observe(ship_s)
         self._ship_exposed_s.labels(transport).observe(exposed_s)
+
+    def count_layers(self, transport: str, num_inline: int, num_beside: int) -> None:
+        """One shipment's, by where their bytes went."""
+        self._layers.labels(transport, "inline").inc(num_inline)
+        self._layers.labels(transport, "beside").inc(num_beside)
 
     def observe_shadow(self, recipe: str, kl_nats: float, is_same_token: bool) -> None:
         """How far the next token's distribution under packed KV is from the exact one."""
@@ -265,12 +276,20 @@ class DecodeMetrics(_WorkerMetrics):
         self._transfer_s = made.histogram("transfer_seconds")
         self._first_step_s = made.histogram("first_step_seconds")
         self._stall_s = made.histogram("stall_seconds")
+        self._graph_steps = made.counter("graph_steps")
+        self._link_pace = made.gauge("link_bytes_per_second")
 
     def observe_step(self, batch: int, seconds: float) -> None:
         """One token for each of `batch` requests."""
         self._generated.inc(batch)
         self._batch.observe(batch)
         self._step_s.observe(seconds)
+
+    def set_link_pace(self, prefill_id: str, transport: str, bytes_per_s: float) -> None:
+        self._link_pace.labels(prefill_id, transport).set(bytes_per_s)
+
+    def forget_link(self, prefill_id: str, transport: str) -> None:
+        self._link_pace.remove(prefill_id, transport)
 
     def observe_transfer(self, seconds: float) -> None:
         self._transfer_s.observe(seconds)
@@ -281,3 +300,7 @@ class DecodeMetrics(_WorkerMetrics):
     def observe_stall(self, seconds: float) -> None:
         """A step waited for this long, because the thread was prefilling."""
         self._stall_s.observe(seconds)
+
+    def count_graph_step(self, mode: str) -> None:
+        """`mode` is a `Mode` of `engine/graph_choice.py`."""
+        self._graph_steps.labels(mode).inc()

@@ -13,20 +13,37 @@ from torch import Tensor
 
 from packlight.core.errors import ShipmentCorrupt
 from packlight.core.shipping import Chunk, LayerHeader, ShipFrame
-from packlight.transfer.base import KVReceiver, KVSender, LayerOrder, ReceivedLayer, as_bytes, checksum
+from packlight.transfer.base import (
+    CPU,
+    KVReceiver,
+    KVSender,
+    LayerOrder,
+    ReceivedLayer,
+    Site,
+    as_bytes,
+    checksum,
+)
 
 CHUNK_BYTES = 1 << 20
 
 
 class InlineTransport:
+    def __init__(self, site: Site | None = None) -> None:
+        """It is the same everywhere."""
+
     def sender(self, offer: str) -> KVSender:
         return InlineSender()
 
     def receiver(self, *, num_layers: int, max_layer_bytes: int) -> KVReceiver:
         return InlineReceiver(LayerOrder(num_layers=num_layers, max_layer_bytes=max_layer_bytes))
 
+    def close(self) -> None:
+        """It holds nothing."""
+
 
 class InlineSender:
+    device = CPU
+
     def frames(self, layer: int, lengths: tuple[int, ...], payload: Tensor) -> Iterator[ShipFrame]:
         data = as_bytes(payload)
         yield LayerHeader(layer, lengths, len(data), checksum(data))
@@ -53,7 +70,7 @@ class InlineReceiver:
             self._append(frame.data)
         return self._complete()
 
-    def release(self) -> None:
+    def release(self, *, unused: bool = False) -> None:
         self._header = None
         self._allocate(0)
 

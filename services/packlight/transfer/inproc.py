@@ -12,18 +12,35 @@ from torch import Tensor
 
 from packlight.core.errors import ShipmentCorrupt
 from packlight.core.shipping import Chunk, LayerHeader, ShipFrame
-from packlight.transfer.base import KVReceiver, KVSender, LayerOrder, ReceivedLayer, as_bytes, checksum
+from packlight.transfer.base import (
+    CPU,
+    KVReceiver,
+    KVSender,
+    LayerOrder,
+    ReceivedLayer,
+    Site,
+    as_bytes,
+    checksum,
+)
 
 
 class InprocTransport:
+    def __init__(self, site: Site | None = None) -> None:
+        """It is the same everywhere."""
+
     def sender(self, offer: str) -> KVSender:
         return InprocSender()
 
     def receiver(self, *, num_layers: int, max_layer_bytes: int) -> KVReceiver:
         return InprocReceiver(num_layers=num_layers, max_layer_bytes=max_layer_bytes)
 
+    def close(self) -> None:
+        """It holds nothing."""
+
 
 class InprocSender:
+    device = CPU
+
     def frames(self, layer: int, lengths: tuple[int, ...], payload: Tensor) -> Iterator[ShipFrame]:
         data = as_bytes(payload)
         yield LayerHeader(layer, lengths, len(data), checksum(data))
@@ -54,5 +71,5 @@ class InprocReceiver:
         payload = torch.frombuffer(frame.data, dtype=torch.uint8) if header.num_bytes else torch.empty(0).byte()
         return ReceivedLayer(header.layer, header.lengths, payload)
 
-    def release(self) -> None:
+    def release(self, *, unused: bool = False) -> None:
         self._header = None

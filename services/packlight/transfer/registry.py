@@ -10,20 +10,23 @@ from collections.abc import Mapping, Sequence
 
 from packlight.core.errors import ShipmentIncompatible
 from packlight.core.registry import Registry
-from packlight.transfer.base import KVReceiver, KVSender, KVTransport
+from packlight.transfer.base import KVReceiver, KVSender, KVTransport, Site
 
 TRANSPORTS = Registry(
     "KV transport",
     {
         "inproc": "packlight.transfer.inproc:InprocTransport",
         "shm": "packlight.transfer.shm:ShmTransport",
+        "process_group": "packlight.transfer.process_group:ProcessGroupTransport",
+        "nixl": "packlight.transfer.nixl:NixlTransport",
         "grpc": "packlight.transfer.inline:InlineTransport",
     },
 )
 
 
-def build_transport(name: str) -> KVTransport:
-    transport: KVTransport = TRANSPORTS.load(name)()
+def build_transport(name: str, site: Site | None = None) -> KVTransport:
+    """Listens, and makes links, only when it is used. Without a `site` it does so for this host alone."""
+    transport: KVTransport = TRANSPORTS.load(name)(site)
     return transport
 
 

@@ -27,7 +27,16 @@ from torch import Tensor
 
 from packlight.core.errors import ShipmentCorrupt, ShipmentIncompatible
 from packlight.core.shipping import LayerHeader, ShipFrame
-from packlight.transfer.base import KVReceiver, KVSender, LayerOrder, ReceivedLayer, as_bytes, checksum
+from packlight.transfer.base import (
+    CPU,
+    KVReceiver,
+    KVSender,
+    LayerOrder,
+    ReceivedLayer,
+    Site,
+    as_bytes,
+    checksum,
+)
 from packlight.transfer.inline import InlineReceiver, InlineSender
 
 NAME = "packlight-kv"
@@ -40,15 +49,23 @@ log = logging.getLogger(__name__)
 
 
 class ShmTransport:
+    def __init__(self, site: Site | None = None) -> None:
+        """It is the same everywhere."""
+
     def sender(self, offer: str) -> KVSender:
         return ShmSender(*_open_segment(offer))
 
     def receiver(self, *, num_layers: int, max_layer_bytes: int) -> KVReceiver:
         return ShmReceiver(num_layers=num_layers, max_layer_bytes=max_layer_bytes)
 
+    def close(self) -> None:
+        """It holds nothing."""
+
 
 class ShmSender:
     """Writes with `pwrite`, never through a mapping: a machine out of memory is then an error and not a signal."""
+
+    device = CPU
 
     def __init__(self, fd: int, size: int) -> None:
         self._fd: int | None = fd
@@ -109,7 +126,7 @@ class ShmReceiver:
             )
         return self._read(frame, slice(frame.offset, end))
 
-    def release(self) -> None:
+    def release(self, *, unused: bool = False) -> None:
         """The memory itself goes when the last payload that was handed out does."""
         self._map = None
         self._inline.release()

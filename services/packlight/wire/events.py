@@ -7,7 +7,7 @@ InternalError.
 from __future__ import annotations
 
 from packlight.core.errors import PacklightError, ShipmentIncompatible, error_classes
-from packlight.core.shipping import Accepted, Chunk, FirstToken, LayerHeader, PrefillEvent, Shipped
+from packlight.core.shipping import Accepted, Chunk, FirstToken, LayerHeader, PrefillEvent, Shipped, Waiting
 from packlight.core.types import (
     Failed,
     Finished,
@@ -20,14 +20,17 @@ from packlight.core.types import (
     Tokens,
     Usage,
 )
+from packlight.wire.kept_map import kept_map_from_proto, kept_map_to_proto
 from packlight.wire.presence import has
 from packlight.wire.v1 import common_pb2, decode_pb2, prefill_pb2
 
 # ── events of a prefill stream ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def prefill_event_to_proto(event: Accepted | LayerHeader | FirstToken | Shipped) -> prefill_pb2.PrefillEvent:
+def prefill_event_to_proto(event: Waiting | Accepted | LayerHeader | FirstToken | Shipped) -> prefill_pb2.PrefillEvent:
     match event:
+        case Waiting():
+            return prefill_pb2.PrefillEvent(waiting=prefill_pb2.Waiting())
         case Accepted():
             accepted = prefill_pb2.Accepted(compatibility=event.compatibility, manifest=event.manifest)
             return prefill_pb2.PrefillEvent(accepted=accepted)
@@ -49,6 +52,8 @@ def prefill_event_to_proto(event: Accepted | LayerHeader | FirstToken | Shipped)
 
 def prefill_event_from_proto(message: prefill_pb2.PrefillEvent) -> PrefillEvent:
     match message.WhichOneof("event"):
+        case "waiting":
+            return Waiting()
         case "accepted":
             return Accepted(message.accepted.compatibility, message.accepted.manifest)
         case "layer":
@@ -77,6 +82,8 @@ def _shipped_to_proto(event: Shipped) -> prefill_pb2.Shipped:
         prefill_s=event.prefill_s,
         select_s=event.select_s,
         num_grown_tokens=event.num_grown_tokens,
+        kept_map=kept_map_to_proto(event.kept_map),
+        ship_s=event.ship_s,
     )
 
 
@@ -91,6 +98,8 @@ def _shipped_from_proto(message: prefill_pb2.Shipped) -> Shipped:
         prefill_s=message.prefill_s,
         select_s=message.select_s,
         num_grown_tokens=message.num_grown_tokens,
+        kept_map=kept_map_from_proto(message.kept_map) if has(message, "kept_map") else None,
+        ship_s=message.ship_s,
     )
 
 
@@ -152,6 +161,7 @@ def usage_to_proto(usage: Usage) -> decode_pb2.Usage:
             codec=kv.codec,
             num_grown_tokens=kv.num_grown_tokens,
             num_read_tokens=kv.num_read_tokens,
+            kept_map=kept_map_to_proto(kv.kept_map),
         ),
         timings=decode_pb2.Timings(
             decode_queue_s=timings.decode_queue_s,
@@ -179,6 +189,7 @@ def usage_from_proto(message: decode_pb2.Usage) -> Usage:
             codec=kv.codec,
             num_grown_tokens=kv.num_grown_tokens,
             num_read_tokens=kv.num_read_tokens,
+            kept_map=kept_map_from_proto(kv.kept_map) if has(kv, "kept_map") else None,
         ),
         timings=Timings(
             decode_queue_s=timings.decode_queue_s,

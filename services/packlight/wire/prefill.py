@@ -17,6 +17,7 @@ from packlight.core.types import PrefillRequest, WorkerId
 from packlight.wire.frames import event_from_bytes, event_to_bytes
 from packlight.wire.requests import prefill_from_proto, prefill_to_proto
 from packlight.wire.status import abort, error_of
+from packlight.wire.trace import trace_from_metadata, trace_to_metadata
 from packlight.wire.v1 import prefill_pb2
 
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
@@ -30,6 +31,7 @@ def prefill_handler(worker: PrefillClient) -> grpc.GenericRpcHandler:
     async def serve(data: bytes, context: grpc.aio.ServicerContext) -> None:
         try:
             request = prefill_from_proto(prefill_pb2.PrefillRequest.FromString(data))
+            request = replace(request, trace=trace_from_metadata(context.invocation_metadata()))
             async with aclosing(worker.prefill(request)) as events:
                 async for event in events:
                     await context.write(event_to_bytes(event))
@@ -50,7 +52,11 @@ class GrpcPrefillClient:
     async def prefill(self, request: PrefillRequest) -> AsyncGenerator[PrefillEvent, None]:
         """Raises what the worker raised, or WorkerLost if it cannot be reached or dies."""
         request = replace(request, transports=tuple(name for name in request.transports if name != "inproc"))
-        call = self._method(prefill_to_proto(request).SerializeToString(), timeout=request.deadline_s)
+        call = self._method(
+            prefill_to_proto(request).SerializeToString(),
+            timeout=request.deadline_s,
+            metadata=trace_to_metadata(request.trace),
+        )
         try:
             async for data in call:
                 yield event_from_bytes(data)

@@ -11,6 +11,7 @@ import numpy as np
 from packlight.core.errors import InvalidRequest
 from packlight.core.types import GenerateRequest, PackSpec, Pooling, PrefillRequest, SamplingParams, StopRules
 from packlight.wire.presence import has
+from packlight.wire.trace import trace_from_fields
 from packlight.wire.v1 import common_pb2, decode_pb2, prefill_pb2
 
 
@@ -122,6 +123,9 @@ def generate_to_proto(request: GenerateRequest) -> decode_pb2.GenerateRequest:
         prefill_id=request.prefill_id,
         prefill_address=request.prefill_address,
         deadline_s=request.deadline_s,
+        explain=request.explain,
+        traceparent=request.trace.traceparent if request.trace else "",
+        tracestate=request.trace.tracestate if request.trace else "",
     )
 
 
@@ -137,6 +141,8 @@ def generate_from_proto(message: decode_pb2.GenerateRequest) -> GenerateRequest:
         prefill_id=message.prefill_id,
         prefill_address=message.prefill_address,
         deadline_s=message.deadline_s,
+        explain=message.explain,
+        trace=trace_from_fields(message.traceparent, message.tracestate),
     )
 
 
@@ -151,6 +157,7 @@ def prefill_to_proto(request: PrefillRequest) -> prefill_pb2.PrefillRequest:
         transports=request.transports,
         banned_token_ids=request.banned_token_ids,
         deadline_s=request.deadline_s,
+        explain=request.explain,
     )
 
 
@@ -165,4 +172,5 @@ def prefill_from_proto(message: prefill_pb2.PrefillRequest) -> PrefillRequest:
         transports=tuple(message.transports),
         banned_token_ids=tuple(message.banned_token_ids),
         deadline_s=message.deadline_s,
+        explain=message.explain,
     )

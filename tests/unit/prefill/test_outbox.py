@@ -2,6 +2,9 @@
 
 import asyncio
 import threading
+import time
+from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
@@ -18,8 +21,13 @@ def layer(number, *sizes, offset=None):
     return [LayerHeader(number, (1,), 100, 0, offset), *(Chunk(bytes(size)) for size in sizes)]
 
 
+async def rest_of(reader):
+    """What is left; the end without what it took to pass things on."""
+    return [replace(event, ship_s=0.0) if isinstance(event, Shipped) else event async for event in reader]
+
+
 async def read_all(outbox):
-    return [event async for event in outbox.read()]
+    return await rest_of(outbox.read())
 
 
 def put_elsewhere(outbox, events):
@@ -36,7 +44,7 @@ async def test_the_first_token_overtakes_what_still_waits():
     assert [await anext(reader) for _ in range(2)] == [ACCEPTED, one[0]]
     outbox.put(FIRST)
     outbox.put(END)
-    assert [event async for event in reader] == [FIRST, one[1], *two, END]
+    assert await rest_of(reader) == [FIRST, one[1], *two, END]
 
 
 async def test_frames_are_made_on_the_readers_thread():
@@ -104,5 +112,53 @@ async def test_what_passes_before_the_prompt_is_computed_is_hidden():
     outbox.put_threadsafe(layer(1, 1))
     await asyncio.sleep(0)
     outbox.put(END)
-    assert [event async for event in reader] == [*layer(1, 1), END]
+    assert await rest_of(reader) == [*layer(1, 1), END]
     assert outbox.time.exposed_s - exposed_s == pytest.approx(outbox.time.busy_s - hidden_s)
+
+
+def elsewhere(landing, frames):
+    """A layer whose bytes are on their way beside the stream."""
+    while not landing.done():
+        yield landing
+    yield from frames
+
+
+async def test_a_layer_on_its_way_elsewhere_holds_up_the_layers_behind_it_but_not_the_first_token():
+    outbox, landing = Outbox(), Future()
+    outbox.put_threadsafe(elsewhere(landing, layer(0, offset=1)))
+    outbox.put_threadsafe(layer(1, 1))
+    await asyncio.sleep(0)
+    reader = outbox.read()
+    first = asyncio.create_task(anext(reader))
+    await asyncio.sleep(0)
+    assert not first.done()
+    outbox.put(FIRST)
+    assert await first == FIRST
+    outbox.put(END)
+    rest = asyncio.create_task(rest_of(reader))
+    await asyncio.sleep(0)
+    threading.Thread(target=landing.set_result, args=(None,)).start()
+    assert await rest == [*layer(0, offset=1), *layer(1, 1), END]
+    assert (outbox.time.num_beside, outbox.time.num_inline) == (1, 1)
+
+
+async def test_waiting_for_a_layer_counts_as_passing_it_on():
+    outbox, landing = Outbox(), Future()
+    outbox.put_threadsafe(elsewhere(landing, layer(0, offset=1)))
+    await asyncio.sleep(0)
+    outbox.put(END)
+    reading = asyncio.create_task(read_all(outbox))
+    await asyncio.sleep(0)
+    since = time.perf_counter()
+    asyncio.get_running_loop().call_later(0.05, landing.set_result, None)
+    await reading
+    assert 0.04 < outbox.time.busy_s < time.perf_counter() - since + 0.01
+
+
+async def test_the_end_says_how_long_layers_were_passed_on():
+    outbox = Outbox()
+    outbox.put_threadsafe(layer(0, 1))
+    await asyncio.sleep(0)
+    outbox.put(END)
+    *_, end = [event async for event in outbox.read()]
+    assert end.ship_s == outbox.time.busy_s > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from packlight.core.errors import InvalidRequest
 from packlight.models.template import ChatTemplate
-from packlight.router.instructions import num_instructing_tokens
+from packlight.router.instructions import Instructions
 from packlight.router.schema import ChatBody, Message
 from packlight.router.thinking import asks_to_think, thinks_by_default
 from tests.support.tiny_tokenizer import TinyTokenizer, tiny_tokenizer
@@ -47,6 +48,9 @@ class Templated(TinyTokenizer):
         self.num_tokens_made.append(len(ids))
         return ids
 
+    def dated(self, today: str, messages: Sequence[Message]) -> list[int]:
+        return self.apply_chat_template([message.model_dump(exclude_none=True) for message in messages], today=today)
+
     def of(self, messages: Sequence[Message]) -> list[int]:
         return self.apply_chat_template([message.model_dump(exclude_none=True) for message in messages])
 
@@ -59,7 +63,7 @@ def shared_text(template: str, messages: list[Message], limit: int = 1000) -> st
     """The text of the tokens that instruct."""
     tokenizer = Templated(template)
     ids = tokenizer.of(messages)
-    num = num_instructing_tokens(messages, ids, limit, tokenizer.of)
+    num = Instructions().num_tokens(messages, ids, limit, tokenizer.of)
     assert num <= limit
     return tokenizer.text(ids[:num])
 
@@ -103,7 +107,7 @@ def test_a_template_that_refuses_the_shorter_conversation_protects_nothing() -> 
     with pytest.raises(InvalidRequest):
         tokenizer.of(chat(*SHOTS, ASK))
     whole = Templated(CHATML).of(chat(*SHOTS, ASK))
-    assert num_instructing_tokens(chat(*SHOTS, ASK), whole, 1000, tokenizer.of) == 0
+    assert Instructions().num_tokens(chat(*SHOTS, ASK), whole, 1000, tokenizer.of) == 0
 
 
 def test_only_what_the_prompt_really_begins_with() -> None:
@@ -128,7 +132,7 @@ def test_a_document_is_not_tokenised_again() -> None:
     messages = chat(BRIEF, (USER, document), (ASSISTANT, "I see."), (USER, document), (ASSISTANT, "So?"), ASK)
     ids = tokenizer.of(messages)
     tokenizer.num_tokens_made.clear()
-    num = num_instructing_tokens(messages, ids, 500, tokenizer.of)
+    num = Instructions().num_tokens(messages, ids, 500, tokenizer.of)
     assert tokenizer.text(ids[:num]) == "system\nBe brief.\nuser\n"
     assert sum(tokenizer.num_tokens_made) < 100
 
@@ -145,12 +149,81 @@ def test_the_search_is_short_and_finds_what_trying_all_finds(lengths: list[int],
     tokenizer = Templated(CHATML)
     ids = tokenizer.of(messages)
     tokenizer.num_tokens_made.clear()
-    num = num_instructing_tokens(messages, ids, limit, tokenizer.of)
+    num = Instructions().num_tokens(messages, ids, limit, tokenizer.of)
     assert len(tokenizer.num_tokens_made) <= 7, "one, and halving"
     ends = range(has_system or 2, len(messages), 2)
     others = [tokenizer.of([*messages[:end], *chat((USER, "0"))]) for end in ends]
     shared = [len([*takewhile(lambda pair: pair[0] == pair[1], zip(ids, other, strict=False))]) for other in others]
     assert num == max((tokens for tokens in shared if tokens <= limit), default=0)
+
+
+# ── what is remembered ───────────────────────────────────────────────────────────────────────────────────────────────
+
+DATED = "{{ today }} " + CHATML
+
+
+def test_what_an_application_always_says_is_tokenised_once() -> None:
+    tokenizer, instructions = Templated(CHATML), Instructions()
+    for question in ("three", "four", "0", "00", " 0?"):
+        messages = chat(BRIEF, *SHOTS[:2], (USER, question))
+        ids = tokenizer.of(messages)
+        num = instructions.num_tokens(messages, ids, 1000, tokenizer.of)
+        assert tokenizer.text(ids[:num]) == "system\nBe brief.\nuser\none\nassistant\nuno\nuser\n"
+    assert len(tokenizer.num_tokens_made) == 5 + 2, "one beside a question that begins with 0, one beside the others"
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    conversations=st.lists(
+        st.tuples(st.lists(st.sampled_from([BRIEF, *SHOTS]), max_size=4), st.text("0 1ab\n", max_size=4)), max_size=8
+    ),
+    template=st.sampled_from([CHATML, MERGED, FORGETFUL]),
+    limit=st.integers(1, 60),
+)
+def test_what_is_remembered_changes_nothing(
+    conversations: list[tuple[list[tuple[str, str]], str]], template: str, limit: int
+) -> None:
+    tokenizer, instructions = Templated(template), Instructions(max_runs=3)
+    for turns, question in conversations:
+        messages = chat(*turns, (USER, question))
+        ids = tokenizer.of(messages)
+        fresh = Instructions().num_tokens(messages, ids, limit, tokenizer.of)
+        assert instructions.num_tokens(messages, ids, limit, tokenizer.of) == fresh
+
+
+def test_a_template_that_writes_the_date_and_one_that_has_options() -> None:
+    instructions, messages = Instructions(), chat(BRIEF, ASK)
+    for today in ("Monday", "Tuesday", "Wednesday, at last", "Monday"):
+        tokenizer = Templated(DATED)
+        of = partial(tokenizer.dated, today)
+        ids = of(messages)
+        assert tokenizer.text(ids[: instructions.num_tokens(messages, ids, 1000, of)]).startswith(f"{today} system")
+        assert len(tokenizer.num_tokens_made) == 2
+        assert instructions.num_tokens(messages, ids, 1000, of, options="other") > 0
+        assert len(tokenizer.num_tokens_made) == 3
+
+
+def test_calls_of_tools_are_told_apart() -> None:
+    tokenizer = Templated("{% for m in messages %}{{ m.role }} {{ m.tool_calls }}{{ m.content }}\n{% endfor %}")
+    instructions = Instructions()
+    for name in ("look", "listen"):
+        call = Message(role=ASSISTANT, tool_calls=[{"name": name}])
+        messages = [*chat((USER, "one")), call, *chat(ASK)]
+        ids = tokenizer.of(messages)
+        text = tokenizer.text(ids[: instructions.num_tokens(messages, ids, 1000, tokenizer.of)])
+        assert name in text
+
+
+def test_the_least_recently_used_is_forgotten() -> None:
+    tokenizer, instructions = Templated(CHATML), Instructions(max_runs=2)
+
+    def num_made(system: str) -> int:
+        messages = chat((SYSTEM, system), ASK)
+        ids, num_before = tokenizer.of(messages), len(tokenizer.num_tokens_made)
+        instructions.num_tokens(messages, ids, 1000, tokenizer.of)
+        return len(tokenizer.num_tokens_made) - num_before
+
+    assert [num_made(system) for system in "abacab"] == [1, 1, 0, 1, 0, 1]
 
 
 # ── thinking ─────────────────────────────────────────────────────────────────────────────────────────────────────────

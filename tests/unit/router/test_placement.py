@@ -159,6 +159,38 @@ def test_the_decode_worker_with_room_wins(d0, d1, outlook, best, seed):
     assert choose(workers[::-1], outlook, seed=seed)[1] == best
 
 
+SLOW, FAST = {"link_bytes_per_s": {"p0": 1e6}}, {"link_bytes_per_s": {"p0": 1e9, "p1": 1e6}}
+
+
+@pytest.mark.parametrize(
+    ("d0", "d1", "best"),
+    [
+        (SLOW, FAST, "d1"),
+        (SLOW, {}, "d1"),  # not measured: believed to be like the prefill worker's others
+        (SLOW, {**FAST, "num_running": 15}, "d1"),  # 1 MB over 1 MB/s is a second
+        (SLOW, {**FAST, "num_running": 25}, "d0"),
+        ({"link_bytes_per_s": {"p1": 1.0}}, {"num_running": 1}, "d0"),  # the link of another pair
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_measured_link_of_a_pair_counts(d0, d1, best, seed):
+    workers = [prefill(), decode("d0", load=d0), decode("d1", load=d1)]
+    assert choose(workers, seed=seed)[1] == best
+    assert choose(workers[::-1], seed=seed)[1] == best
+
+
+def test_a_pair_is_chosen_by_its_own_link():
+    """Each decode worker is near one prefill worker."""
+    near = [decode(f"d{n}", load={"link_bytes_per_s": {f"p{n}": 1e9, f"p{1 - n}": 1e7}}) for n in range(2)]
+    workers = [prefill("p0"), prefill("p1"), *near]
+    assert {choose(workers, seed=seed)[:2] for seed in range(40)} == {("p0", "d0"), ("p1", "d1")}
+
+
+def test_the_prediction_is_that_of_the_chosen_pair():
+    slow = decode("d0", load={"link_bytes_per_s": {"p0": 1e6}})
+    assert pair_of([prefill(), slow]).ttft_s == pytest.approx(1.0 + HOP_S + 1.0)
+
+
 def test_a_decode_worker_that_reports_no_pages_at_all():
     assert decode_cost(decode(load={"num_free_pages": 0, "num_total_pages": 0}), DEMAND, NOTHING_KNOWN) > 100
 

@@ -12,14 +12,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from packlight.kv.reading import PageBounds
+
 
 def bound_probe(q_BKGD: Tensor) -> Tensor:
     """`[B, K, G, E]` whose product with a page is sum_j max(q_j * low_j, q_j * high_j) >= q.k of each key there."""
     return torch.cat([q_BKGD.clamp(max=0), q_BKGD.clamp(min=0)], dim=-1)
 
 
-def page_products(probe_BKGE: Tensor, bounds_BKME: Tensor) -> Tensor:
+def page_products(probe_BKGE: Tensor, bounds_BKME: Tensor | PageBounds) -> Tensor:
     """fp32 `[B, K, G, M]`. Bounds lie close together: the rounding of a shorter format would decide among pages."""
+    if not isinstance(bounds_BKME, Tensor):
+        return bounds_BKME.products(probe_BKGE)
     return torch.matmul(probe_BKGE, bounds_BKME.transpose(-1, -2))
 
 

@@ -81,6 +81,20 @@ class PackSpec(_message.Message):
     mass_floor: float
     def __init__(self, recipe: _Optional[str] = ..., budget_tokens: _Optional[int] = ..., ratio: _Optional[float] = ..., window: _Optional[int] = ..., sinks: _Optional[int] = ..., kernel: _Optional[int] = ..., pooling: _Optional[str] = ..., codec: _Optional[str] = ..., params: _Optional[_Mapping[str, float]] = ..., mass_floor: _Optional[float] = ...) -> None: ...
 
+class KeptMap(_message.Message):
+    __slots__ = ("num_tokens", "num_layers", "bin_tokens", "num_kept_tokens", "shares")
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    BIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    num_layers: int
+    bin_tokens: int
+    num_kept_tokens: _containers.RepeatedScalarFieldContainer[float]
+    shares: bytes
+    def __init__(self, num_tokens: _Optional[int] = ..., num_layers: _Optional[int] = ..., bin_tokens: _Optional[int] = ..., num_kept_tokens: _Optional[_Iterable[float]] = ..., shares: _Optional[bytes] = ...) -> None: ...
+
 class Token(_message.Message):
     __slots__ = ("token_id", "logprob", "top_logprobs")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from packlight.wire.v1 import common_pb2 as packlight_dot_wire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epacklight/wire/v1/decode.proto\x12\x11packlight.wire.v1\x1a\x1epacklight/wire/v1/common.proto\"}\n\rClientMessage\x12\x34\n\x06submit\x18\x01 \x01(\x0b\x32\".packlight.wire.v1.GenerateRequestH\x00\x12+\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x19.packlight.wire.v1.CancelH\x00\x42\t\n\x07message\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xae\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.packlight.wire.v1.Sampling\x12*\n\x04stop\x18\x05 \x01(\x0b\x32\x1c.packlight.wire.v1.StopRules\x12)\n\x04pack\x18\x06 \x01(\x0b\x32\x1b.packlight.wire.v1.PackSpec\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x12\n\nprefill_id\x18\x08 \x01(\t\x12\x17\n\x0fprefill_address\x18\t \x01(\t\x12\x12\n\ndeadline_s\x18\n \x01(\x01\"7\n\x0bStepMessage\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.packlight.wire.v1.Event\"\xdc\x01\n\x05\x45vent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.packlight.wire.v1.TokensH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.packlight.wire.v1.FinishedH\x00\x12*\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x18.packlight.wire.v1.ErrorH\x00\x12,\n\x08progress\x18\x05 \x01(\x0b\x32\x18.packlight.wire.v1.UsageH\x00\x42\x07\n\x05\x65vent\"2\n\x06Tokens\x12(\n\x06tokens\x18\x01 \x03(\x0b\x32\x18.packlight.wire.v1.Token\"C\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\'\n\x05usage\x18\x02 \x01(\x0b\x32\x18.packlight.wire.v1.Usage\"\xb0\x01\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x1c\n\x14num_generated_tokens\x18\x03 \x01(\r\x12&\n\x02kv\x18\x04 \x01(\x0b\x32\x1a.packlight.wire.v1.KVUsage\x12+\n\x07timings\x18\x05 \x01(\x0b\x32\x1a.packlight.wire.v1.Timings\"\xce\x01\n\x07KVUsage\x12\x0e\n\x06recipe\x18\x01 \x01(\t\x12\x17\n\x0fnum_kept_tokens\x18\x02 \x01(\x01\x12\x15\n\rshipped_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x65xact_bytes\x18\x04 \x01(\x04\x12\x1a\n\rretained_mass\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x63odec\x18\x06 \x01(\t\x12\x18\n\x10num_grown_tokens\x18\x07 \x01(\x01\x12\x17\n\x0fnum_read_tokens\x18\x08 \x01(\x01\x42\x10\n\x0e_retained_mass\"\x89\x01\n\x07Timings\x12\x16\n\x0e\x64\x65\x63ode_queue_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x10\n\x08select_s\x18\x04 \x01(\x01\x12\x12\n\ntransfer_s\x18\x05 \x01(\x01\x12\x14\n\x0c\x66irst_step_s\x18\x06 \x01(\x01\x32Z\n\x06\x44\x65\x63ode\x12P\n\x08Generate\x12 .packlight.wire.v1.ClientMessage\x1a\x1e.packlight.wire.v1.StepMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epacklight/wire/v1/decode.proto\x12\x11packlight.wire.v1\x1a\x1epacklight/wire/v1/common.proto\"}\n\rClientMessage\x12\x34\n\x06submit\x18\x01 \x01(\x0b\x32\".packlight.wire.v1.GenerateRequestH\x00\x12+\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x19.packlight.wire.v1.CancelH\x00\x42\t\n\x07message\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xe8\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.packlight.wire.v1.Sampling\x12*\n\x04stop\x18\x05 \x01(\x0b\x32\x1c.packlight.wire.v1.StopRules\x12)\n\x04pack\x18\x06 \x01(\x0b\x32\x1b.packlight.wire.v1.PackSpec\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x12\n\nprefill_id\x18\x08 \x01(\t\x12\x17\n\x0fprefill_address\x18\t \x01(\t\x12\x12\n\ndeadline_s\x18\n \x01(\x01\x12\x0f\n\x07\x65xplain\x18\x0b \x01(\x08\x12\x13\n\x0btraceparent\x18\x0c \x01(\t\x12\x12\n\ntracestate\x18\r \x01(\t\"7\n\x0bStepMessage\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.packlight.wire.v1.Event\"\xdc\x01\n\x05\x45vent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.packlight.wire.v1.TokensH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.packlight.wire.v1.FinishedH\x00\x12*\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x18.packlight.wire.v1.ErrorH\x00\x12,\n\x08progress\x18\x05 \x01(\x0b\x32\x18.packlight.wire.v1.UsageH\x00\x42\x07\n\x05\x65vent\"2\n\x06Tokens\x12(\n\x06tokens\x18\x01 \x03(\x0b\x32\x18.packlight.wire.v1.Token\"C\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\'\n\x05usage\x18\x02 \x01(\x0b\x32\x18.packlight.wire.v1.Usage\"\xb0\x01\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x1c\n\x14num_generated_tokens\x18\x03 \x01(\r\x12&\n\x02kv\x18\x04 \x01(\x0b\x32\x1a.packlight.wire.v1.KVUsage\x12+\n\x07timings\x18\x05 \x01(\x0b\x32\x1a.packlight.wire.v1.Timings\"\x8e\x02\n\x07KVUsage\x12\x0e\n\x06recipe\x18\x01 \x01(\t\x12\x17\n\x0fnum_kept_tokens\x18\x02 \x01(\x01\x12\x15\n\rshipped_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x65xact_bytes\x18\x04 \x01(\x04\x12\x1a\n\rretained_mass\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x63odec\x18\x06 \x01(\t\x12\x18\n\x10num_grown_tokens\x18\x07 \x01(\x01\x12\x17\n\x0fnum_read_tokens\x18\x08 \x01(\x01\x12\x31\n\x08kept_map\x18\t \x01(\x0b\x32\x1a.packlight.wire.v1.KeptMapH\x01\x88\x01\x01\x42\x10\n\x0e_retained_massB\x0b\n\t_kept_map\"\x89\x01\n\x07Timings\x12\x16\n\x0e\x64\x65\x63ode_queue_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x10\n\x08select_s\x18\x04 \x01(\x01\x12\x12\n\ntransfer_s\x18\x05 \x01(\x01\x12\x14\n\x0c\x66irst_step_s\x18\x06 \x01(\x01\x32Z\n\x06\x44\x65\x63ode\x12P\n\x08Generate\x12 .packlight.wire.v1.ClientMessage\x1a\x1e.packlight.wire.v1.StepMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,21 +37,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCEL']._serialized_start=212
   _globals['_CANCEL']._serialized_end=240
   _globals['_GENERATEREQUEST']._serialized_start=243
-  _globals['_GENERATEREQUEST']._serialized_end=545
-  _globals['_STEPMESSAGE']._serialized_start=547
-  _globals['_STEPMESSAGE']._serialized_end=602
-  _globals['_EVENT']._serialized_start=605
-  _globals['_EVENT']._serialized_end=825
-  _globals['_TOKENS']._serialized_start=827
-  _globals['_TOKENS']._serialized_end=877
-  _globals['_FINISHED']._serialized_start=879
-  _globals['_FINISHED']._serialized_end=946
-  _globals['_USAGE']._serialized_start=949
-  _globals['_USAGE']._serialized_end=1125
-  _globals['_KVUSAGE']._serialized_start=1128
-  _globals['_KVUSAGE']._serialized_end=1334
-  _globals['_TIMINGS']._serialized_start=1337
-  _globals['_TIMINGS']._serialized_end=1474
-  _globals['_DECODE']._serialized_start=1476
-  _globals['_DECODE']._serialized_end=1566
+  _globals['_GENERATEREQUEST']._serialized_end=603
+  _globals['_STEPMESSAGE']._serialized_start=605
+  _globals['_STEPMESSAGE']._serialized_end=660
+  _globals['_EVENT']._serialized_start=663
+  _globals['_EVENT']._serialized_end=883
+  _globals['_TOKENS']._serialized_start=885
+  _globals['_TOKENS']._serialized_end=935
+  _globals['_FINISHED']._serialized_start=937
+  _globals['_FINISHED']._serialized_end=1004
+  _globals['_USAGE']._serialized_start=1007
+  _globals['_USAGE']._serialized_end=1183
+  _globals['_KVUSAGE']._serialized_start=1186
+  _globals['_KVUSAGE']._serialized_end=1456
+  _globals['_TIMINGS']._serialized_start=1459
+  _globals['_TIMINGS']._serialized_end=1596
+  _globals['_DECODE']._serialized_start=1598
+  _globals['_DECODE']._serialized_end=1688
 # @@protoc_insertion_point(module_scope)

@@ -21,7 +21,7 @@ class Cancel(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "num_prompt_tokens", "sampling", "stop", "pack", "cache_salt", "prefill_id", "prefill_address", "deadline_s")
+    __slots__ = ("request_id", "token_ids", "num_prompt_tokens", "sampling", "stop", "pack", "cache_salt", "prefill_id", "prefill_address", "deadline_s", "explain", "traceparent", "tracestate")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,9 @@ class GenerateRequest(_message.Message):
     PREFILL_ID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: bytes
     num_prompt_tokens: int
@@ -42,7 +45,10 @@ class GenerateRequest(_message.Message):
     prefill_id: str
     prefill_address: str
     deadline_s: float
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopRules, _Mapping]] = ..., pack: _Optional[_Union[_common_pb2.PackSpec, _Mapping]] = ..., cache_salt: _Optional[str] = ..., prefill_id: _Optional[str] = ..., prefill_address: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    explain: bool
+    traceparent: str
+    tracestate: str
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopRules, _Mapping]] = ..., pack: _Optional[_Union[_common_pb2.PackSpec, _Mapping]] = ..., cache_salt: _Optional[str] = ..., prefill_id: _Optional[str] = ..., prefill_address: _Optional[str] = ..., deadline_s: _Optional[float] = ..., explain: bool = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
 
 class StepMessage(_message.Message):
     __slots__ = ("events",)
@@ -93,7 +99,7 @@ class Usage(_message.Message):
     def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., kv: _Optional[_Union[KVUsage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class KVUsage(_message.Message):
-    __slots__ = ("recipe", "num_kept_tokens", "shipped_bytes", "exact_bytes", "retained_mass", "codec", "num_grown_tokens", "num_read_tokens")
+    __slots__ = ("recipe", "num_kept_tokens", "shipped_bytes", "exact_bytes", "retained_mass", "codec", "num_grown_tokens", "num_read_tokens", "kept_map")
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     NUM_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SHIPPED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +108,7 @@ class KVUsage(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     NUM_GROWN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_READ_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_MAP_FIELD_NUMBER: _ClassVar[int]
     recipe: str
     num_kept_tokens: float
     shipped_bytes: int
@@ -110,7 +117,8 @@ class KVUsage(_message.Message):
     codec: str
     num_grown_tokens: float
     num_read_tokens: float
-    def __init__(self, recipe: _Optional[str] = ..., num_kept_tokens: _Optional[float] = ..., shipped_bytes: _Optional[int] = ..., exact_bytes: _Optional[int] = ..., retained_mass: _Optional[float] = ..., codec: _Optional[str] = ..., num_grown_tokens: _Optional[float] = ..., num_read_tokens: _Optional[float] = ...) -> None: ...
+    kept_map: _common_pb2.KeptMap
+    def __init__(self, recipe: _Optional[str] = ..., num_kept_tokens: _Optional[float] = ..., shipped_bytes: _Optional[int] = ..., exact_bytes: _Optional[int] = ..., retained_mass: _Optional[float] = ..., codec: _Optional[str] = ..., num_grown_tokens: _Optional[float] = ..., num_read_tokens: _Optional[float] = ..., kept_map: _Optional[_Union[_common_pb2.KeptMap, _Mapping]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("decode_queue_s", "prefill_queue_s", "prefill_s", "select_s", "transfer_s", "first_step_s")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from packlight.wire.v1 import common_pb2 as packlight_dot_wire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpacklight/wire/v1/prefill.proto\x12\x11packlight.wire.v1\x1a\x1epacklight/wire/v1/common.proto\"\x82\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.packlight.wire.v1.Sampling\x12)\n\x04pack\x18\x05 \x01(\x0b\x32\x1b.packlight.wire.v1.PackSpec\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x12\n\ntransports\x18\x07 \x03(\t\x12\x18\n\x10\x62\x61nned_token_ids\x18\x08 \x03(\r\x12\x12\n\ndeadline_s\x18\t \x01(\x01\"\xef\x01\n\x0cPrefillEvent\x12/\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1b.packlight.wire.v1.AcceptedH\x00\x12/\n\x05layer\x18\x02 \x01(\x0b\x32\x1e.packlight.wire.v1.LayerHeaderH\x00\x12\x34\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x1d.packlight.wire.v1.FirstTokenH\x00\x12-\n\x07shipped\x18\x04 \x01(\x0b\x32\x1a.packlight.wire.v1.ShippedH\x00\x12\x0f\n\x05\x63hunk\x18\x05 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\"3\n\x08\x41\x63\x63\x65pted\x12\x15\n\rcompatibility\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\"r\n\x0bLayerHeader\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07lengths\x18\x02 \x03(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\x12\x13\n\x06offset\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\t\n\x07_offset\"P\n\nFirstToken\x12\'\n\x05token\x18\x01 \x01(\x0b\x32\x18.packlight.wire.v1.Token\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\"\xe0\x01\n\x07Shipped\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x15\n\rshipped_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x65xact_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fnum_kept_tokens\x18\x04 \x01(\x01\x12\x1a\n\rretained_mass\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07queue_s\x18\x06 \x01(\x01\x12\x11\n\tprefill_s\x18\x07 \x01(\x01\x12\x10\n\x08select_s\x18\x08 \x01(\x01\x12\x18\n\x10num_grown_tokens\x18\t \x01(\x01\x42\x10\n\x0e_retained_mass2Z\n\x07Prefill\x12O\n\x07Prefill\x12!.packlight.wire.v1.PrefillRequest\x1a\x1f.packlight.wire.v1.PrefillEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpacklight/wire/v1/prefill.proto\x12\x11packlight.wire.v1\x1a\x1epacklight/wire/v1/common.proto\"\x93\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.packlight.wire.v1.Sampling\x12)\n\x04pack\x18\x05 \x01(\x0b\x32\x1b.packlight.wire.v1.PackSpec\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x12\n\ntransports\x18\x07 \x03(\t\x12\x18\n\x10\x62\x61nned_token_ids\x18\x08 \x03(\r\x12\x12\n\ndeadline_s\x18\t \x01(\x01\x12\x0f\n\x07\x65xplain\x18\n \x01(\x08\"\x9e\x02\n\x0cPrefillEvent\x12/\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1b.packlight.wire.v1.AcceptedH\x00\x12/\n\x05layer\x18\x02 \x01(\x0b\x32\x1e.packlight.wire.v1.LayerHeaderH\x00\x12\x34\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x1d.packlight.wire.v1.FirstTokenH\x00\x12-\n\x07shipped\x18\x04 \x01(\x0b\x32\x1a.packlight.wire.v1.ShippedH\x00\x12\x0f\n\x05\x63hunk\x18\x05 \x01(\x0cH\x00\x12-\n\x07waiting\x18\x06 \x01(\x0b\x32\x1a.packlight.wire.v1.WaitingH\x00\x42\x07\n\x05\x65vent\"\t\n\x07Waiting\"3\n\x08\x41\x63\x63\x65pted\x12\x15\n\rcompatibility\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\"r\n\x0bLayerHeader\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07lengths\x18\x02 \x03(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\x12\x13\n\x06offset\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\t\n\x07_offset\"P\n\nFirstToken\x12\'\n\x05token\x18\x01 \x01(\x0b\x32\x18.packlight.wire.v1.Token\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\"\xb0\x02\n\x07Shipped\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x15\n\rshipped_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x65xact_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fnum_kept_tokens\x18\x04 \x01(\x01\x12\x1a\n\rretained_mass\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07queue_s\x18\x06 \x01(\x01\x12\x11\n\tprefill_s\x18\x07 \x01(\x01\x12\x10\n\x08select_s\x18\x08 \x01(\x01\x12\x18\n\x10num_grown_tokens\x18\t \x01(\x01\x12\x31\n\x08kept_map\x18\n \x01(\x0b\x32\x1a.packlight.wire.v1.KeptMapH\x01\x88\x01\x01\x12\x0e\n\x06ship_s\x18\x0b \x01(\x01\x42\x10\n\x0e_retained_massB\x0b\n\t_kept_map2Z\n\x07Prefill\x12O\n\x07Prefill\x12!.packlight.wire.v1.PrefillRequest\x1a\x1f.packlight.wire.v1.PrefillEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,17 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'packlight.wire.v1.prefill_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=87
-  _globals['_PREFILLREQUEST']._serialized_end=345
-  _globals['_PREFILLEVENT']._serialized_start=348
-  _globals['_PREFILLEVENT']._serialized_end=587
-  _globals['_ACCEPTED']._serialized_start=589
-  _globals['_ACCEPTED']._serialized_end=640
-  _globals['_LAYERHEADER']._serialized_start=642
-  _globals['_LAYERHEADER']._serialized_end=756
-  _globals['_FIRSTTOKEN']._serialized_start=758
-  _globals['_FIRSTTOKEN']._serialized_end=838
-  _globals['_SHIPPED']._serialized_start=841
-  _globals['_SHIPPED']._serialized_end=1065
-  _globals['_PREFILL']._serialized_start=1067
-  _globals['_PREFILL']._serialized_end=1157
+  _globals['_PREFILLREQUEST']._serialized_end=362
+  _globals['_PREFILLEVENT']._serialized_start=365
+  _globals['_PREFILLEVENT']._serialized_end=651
+  _globals['_WAITING']._serialized_start=653
+  _globals['_WAITING']._serialized_end=662
+  _globals['_ACCEPTED']._serialized_start=664
+  _globals['_ACCEPTED']._serialized_end=715
+  _globals['_LAYERHEADER']._serialized_start=717
+  _globals['_LAYERHEADER']._serialized_end=831
+  _globals['_FIRSTTOKEN']._serialized_start=833
+  _globals['_FIRSTTOKEN']._serialized_end=913
+  _globals['_SHIPPED']._serialized_start=916
+  _globals['_SHIPPED']._serialized_end=1220
+  _globals['_PREFILL']._serialized_start=1222
+  _globals['_PREFILL']._serialized_end=1312
 # @@protoc_insertion_point(module_scope)

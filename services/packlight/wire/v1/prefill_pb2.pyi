@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "num_prompt_tokens", "sampling", "pack", "cache_salt", "transports", "banned_token_ids", "deadline_s")
+    __slots__ = ("request_id", "token_ids", "num_prompt_tokens", "sampling", "pack", "cache_salt", "transports", "banned_token_ids", "deadline_s", "explain")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class PrefillRequest(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     BANNED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: bytes
     num_prompt_tokens: int
@@ -26,21 +27,28 @@ class PrefillRequest(_message.Message):
     transports: _containers.RepeatedScalarFieldContainer[str]
     banned_token_ids: _containers.RepeatedScalarFieldContainer[int]
     deadline_s: float
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., pack: _Optional[_Union[_common_pb2.PackSpec, _Mapping]] = ..., cache_salt: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., banned_token_ids: _Optional[_Iterable[int]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    explain: bool
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., pack: _Optional[_Union[_common_pb2.PackSpec, _Mapping]] = ..., cache_salt: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., banned_token_ids: _Optional[_Iterable[int]] = ..., deadline_s: _Optional[float] = ..., explain: bool = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
-    __slots__ = ("accepted", "layer", "first_token", "shipped", "chunk")
+    __slots__ = ("accepted", "layer", "first_token", "shipped", "chunk", "waiting")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SHIPPED_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     accepted: Accepted
     layer: LayerHeader
     first_token: FirstToken
     shipped: Shipped
     chunk: bytes
-    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., layer: _Optional[_Union[LayerHeader, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., shipped: _Optional[_Union[Shipped, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    waiting: Waiting
+    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., layer: _Optional[_Union[LayerHeader, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., shipped: _Optional[_Union[Shipped, _Mapping]] = ..., chunk: _Optional[bytes] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ...) -> None: ...
+
+class Waiting(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("compatibility", "manifest")
@@ -73,7 +81,7 @@ class FirstToken(_message.Message):
     def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., num_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Shipped(_message.Message):
-    __slots__ = ("num_layers", "shipped_bytes", "exact_bytes", "num_kept_tokens", "retained_mass", "queue_s", "prefill_s", "select_s", "num_grown_tokens")
+    __slots__ = ("num_layers", "shipped_bytes", "exact_bytes", "num_kept_tokens", "retained_mass", "queue_s", "prefill_s", "select_s", "num_grown_tokens", "kept_map", "ship_s")
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     SHIPPED_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXACT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +91,8 @@ class Shipped(_message.Message):
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     SELECT_S_FIELD_NUMBER: _ClassVar[int]
     NUM_GROWN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_MAP_FIELD_NUMBER: _ClassVar[int]
+    SHIP_S_FIELD_NUMBER: _ClassVar[int]
     num_layers: int
     shipped_bytes: int
     exact_bytes: int
@@ -92,4 +102,6 @@ class Shipped(_message.Message):
     prefill_s: float
     select_s: float
     num_grown_tokens: float
-    def __init__(self, num_layers: _Optional[int] = ..., shipped_bytes: _Optional[int] = ..., exact_bytes: _Optional[int] = ..., num_kept_tokens: _Optional[float] = ..., retained_mass: _Optional[float] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., select_s: _Optional[float] = ..., num_grown_tokens: _Optional[float] = ...) -> None: ...
+    kept_map: _common_pb2.KeptMap
+    ship_s: float
+    def __init__(self, num_layers: _Optional[int] = ..., shipped_bytes: _Optional[int] = ..., exact_bytes: _Optional[int] = ..., num_kept_tokens: _Optional[float] = ..., retained_mass: _Optional[float] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., select_s: _Optional[float] = ..., num_grown_tokens: _Optional[float] = ..., kept_map: _Optional[_Union[_common_pb2.KeptMap, _Mapping]] = ..., ship_s: _Optional[float] = ...) -> None: ...

@@ -1,0 +1,76 @@
+"""A decode step on FlashInfer: the tokens are stored, and each layer attends through the plan of its site.
+
+Knows which layers of a step are alike. Legend as in `attention/base.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from packlight.attention.base import DecodeBatch
+from packlight.attention.flashinfer.kernels import DecodeKernel, KernelShape
+from packlight.attention.flashinfer.lists import PageLists
+from packlight.attention.flashinfer.mirror import TableMirror
+from packlight.attention.flashinfer.reads import HeadReads, head_reads, page_budgets
+from packlight.attention.flashinfer.site import Chooser, Site
+from packlight.attention.flashinfer.store import TokenStore
+from packlight.kv.reading import PageReader
+
+SiteKey = tuple[bytes, bytes, int | None, float]
+
+
+class FlashInferDecode:
+    """Plans a site when the first layer comes that needs it. `kernel(i)` is the i-th kernel of a step."""
+
+    def __init__(self, batch: DecodeBatch, mirror: TableMirror, kernel: Callable[[int], DecodeKernel]) -> None:
+        rows, pool = list(batch.rows), batch.pool
+        self._batch, self._mirror, self._kernel = batch, mirror, kernel
+        mirror.follow(batch.table, rows)
+        self._lengths_BLK = batch.table.new_lengths(rows)
+        self._store = TokenStore(len(rows), pool.num_layers, pool.num_kv_heads, pool.device)
+        self._store.load(batch)
+        self._sites: dict[SiteKey, Site] = {}
+
+    def attend(
+        self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        self._store.store(layer, k_TKD, v_TKD, sliding_window)
+        out_THD = self._site(layer, q_THD, scale, sliding_window).attend(layer, q_THD)
+        if self._batch.on_layer is not None:
+            self._batch.on_layer(layer, q_THD, scale)
+        return out_THD
+
+    def _site(self, layer: int, q_THD: Tensor, scale: float, sliding_window: int | None) -> Site:
+        budgets_B = page_budgets(self._batch, layer)
+        key = (self._lengths_BLK[:, layer].tobytes(), budgets_B.tobytes(), sliding_window, scale)
+        if key not in self._sites:
+            reads = head_reads(self._lengths_BLK[:, layer], self._batch.pool.page_size, budgets_B, sliding_window)
+            self._sites[key] = self._make_site(reads)
+            self._sites[key].load(self._batch, reads, kernel_shape(self._batch, q_THD, scale, sliding_window))
+        return self._sites[key]
+
+    def _make_site(self, reads: HeadReads) -> Site:
+        shares: dict[int, tuple[PageReader, list[int]]] = {}
+        for place, reading in enumerate(self._batch.reads):
+            if reading is not None and reads.is_sparse_B[place]:
+                shares.setdefault(id(reading.reader), (reading.reader, []))[1].append(place)
+        num_kv_heads = self._batch.pool.num_kv_heads
+        choosers = [
+            Chooser(reader, places, num_kv_heads, max_stored=int(reads.num_stored_BK[places].max()))
+            for reader, places in shares.values()
+        ]
+        lists = PageLists(
+            self._mirror,
+            num_rows=len(self._batch.rows),
+            num_entries=int(reads.num_read_BK.sum()),
+            max_chosen=reads.max_chosen,
+        )
+        return Site(self._kernel(len(self._sites)), lists, choosers, self._mirror)
+
+
+def kernel_shape(batch: DecodeBatch, q_THD: Tensor, scale: float, sliding_window: int | None) -> KernelShape:
+    pool = batch.pool
+    group = q_THD.shape[1] // pool.num_kv_heads
+    return KernelShape(group, pool.head_dim, pool.page_size, q_THD.dtype, pool.dtype, scale, sliding_window)

@@ -1,0 +1,1 @@
+"""One model in several processes: tensor parallelism with KV sharded by head."""

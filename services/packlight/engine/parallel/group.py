@@ -1,0 +1,65 @@
+"""Tensors between the processes of one worker: a torch.distributed group, Gloo for the CPU and NCCL for GPUs.
+
+Knows ranks, shapes and time-outs. It is the process's default group, because transformers' tensor parallelism computes
+in it; so a process is in one such group at most. Both ends of a transfer know its shape beforehand.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+STEP_TIMEOUT = timedelta(seconds=60)
+"""How long a rank waits for another inside a step: they start together and do equal work."""
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+
+
+class Group:
+    """`rank` of `num_ranks` processes on this machine, that meet in `store`."""
+
+    def __init__(self, store: dist.Store, rank: int, num_ranks: int, device: torch.device) -> None:
+        """Returns when all have come. Raises RuntimeError after STEP_TIMEOUT."""
+        self.rank, self.num_ranks, self._device = rank, num_ranks, device
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        with _environment(_LOOPBACK):  # nothing listens to anybody outside
+            dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=STEP_TIMEOUT)
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        if tensor.numel():
+            dist.send(_as_bytes(tensor.contiguous()), rank)
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> Tensor:
+        """On this rank's device."""
+        tensor = torch.empty(tuple(shape), dtype=dtype, device=self._device)
+        if tensor.numel():
+            dist.recv(_as_bytes(tensor), rank)
+        return tensor
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set for the duration: torch reads these when a group is made, and from nowhere else."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

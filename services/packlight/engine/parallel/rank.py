@@ -1,0 +1,104 @@
+"""One rank's share of a model that is in several processes: its heads, and pools for their KV.
+
+Every process of the group has one, the first as well as its followers. Knows nothing of the others: that its matrix
+products end in a sum over all ranks is the model's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from packlight.compress.window import StoredWindow, WindowAttention, window_attention
+from packlight.core.config import Config, Weights
+from packlight.core.errors import ConfigError
+from packlight.core.types import ModelSpec, Role
+from packlight.engine.build import build_attention
+from packlight.engine.runner import DecodeRunner, Runner
+from packlight.kv.pool import ExactPool, KVPool
+from packlight.models.opened import OpenedModel
+from packlight.models.sharded import load_sharded_model
+
+
+class Rank:
+    """`index` of `num_ranks`. `meet` returns when every rank has called it with the same name."""
+
+    def __init__(
+        self,
+        opened: OpenedModel,
+        config: Config,
+        index: int,
+        num_ranks: int,
+        meet: Callable[[str], None],
+        on_progress: Callable[[str], None],
+    ) -> None:
+        """Loads the model. Raises ModelError if transformers cannot divide it."""
+        assert opened.folder is not None, "the fake model is refused beforehand"
+        self.index, self.num_ranks = index, num_ranks
+        self.device = rank_device(config.model.device, index)
+        self._spec, self._page_size = rank_spec(opened.spec, num_ranks), config.kv.page_size
+        self.model = load_sharded_model(
+            opened.folder, opened.spec, device=self.device, num_ranks=num_ranks, meet=meet, on_progress=on_progress
+        )
+
+    def exact(self, attention: str, memory_bytes: int) -> Runner:
+        """A runner over this rank's share of `memory_bytes` of exact KV. Raises ConfigError if it holds no block."""
+        return Runner(self.model, self._pool(memory_bytes), build_attention(attention, str(self.device), self._spec))
+
+    def packed(self, attention: str, memory_bytes: int) -> DecodeRunner:
+        """The same for packed KV."""
+        backend = build_attention(attention, str(self.device), self._spec)
+        return DecodeRunner(self.model, self._pool(memory_bytes), backend)
+
+    def _pool(self, memory_bytes: int) -> KVPool:
+        return KVPool.of_size(
+            self._spec,
+            memory_bytes=memory_bytes // self.num_ranks,
+            page_size=self._page_size,
+            dtype=getattr(torch, self._spec.dtype),
+            device=str(self.device),
+        )
+
+
+class ReadWindow:
+    """The window's attention in torch, over keys that are copied out of the pool."""
+
+    def __init__(self, pool: ExactPool) -> None:
+        self._pool = pool
+
+    def attend(self, layer: int, q_WHD: Tensor, blocks: Tensor, num_tokens: int, scale: float) -> WindowAttention:
+        return window_attention(q_WHD, self._pool.read_keys(layer, blocks, num_tokens), scale)
+
+
+def window_of(runner: Runner) -> StoredWindow:
+    return runner.window or ReadWindow(runner.pool)
+
+
+def rank_device(device: str, index: int) -> torch.device:
+    """The CPU for all; of GPUs the configured one for rank 0, and those after it."""
+    first = torch.device(device)
+    return first if first.type == "cpu" else torch.device(first.type, (first.index or 0) + index)
+
+
+def rank_spec(spec: ModelSpec, num_ranks: int) -> ModelSpec:
+    """The model as one rank's pool sees it."""
+    return replace(spec, num_kv_heads=spec.num_kv_heads // num_ranks)
+
+
+def refuse_undivided(opened: OpenedModel, config: Config, role: Role, num_ranks: int) -> None:
+    """Raises ConfigError for what cannot be had in several processes."""
+    name, spec = f"{role}.tensor_parallel={num_ranks}", opened.spec
+    if opened.folder is None:
+        raise ConfigError(f"{name}: the fake model has nothing to divide. Choose a real one")
+    if spec.num_kv_heads % num_ranks:
+        raise ConfigError(
+            f"{name}: {spec.name} has {spec.num_kv_heads} KV heads, which do not divide evenly. Choose a divisor of "
+            f"{spec.num_kv_heads}"
+        )
+    if config.model.weights in (Weights.INT8, Weights.INT4):
+        raise ConfigError(f"{name}: model.weights={config.model.weights} is for one process. Set model.weights=native")
+    if role is Role.DECODE and config.decode.kv_codec != "native":
+        raise ConfigError(f"{name}: decode.kv_codec={config.decode.kv_codec} is for one process. Set it to native")

@@ -1,0 +1,1 @@
+"""The console: a page to try the server with, and what it shows of the fleet."""

@@ -1,0 +1,185 @@
+"""A stand-in for the module `flashinfer` on a CPU: the same wrappers, computing in plain torch.
+
+It attends to exactly what the page lists say, so a wrong list is a wrong answer; it reads the lists when it runs, as
+the kernels do; and it refuses what FlashInfer refuses. Real kernels take fp16 and bf16 and a few head dims; `toy` ones
+take float32 and small heads besides, for tests that compare to the last digits.
+"""
+
+import types
+from weakref import WeakValueDictionary
+
+import torch
+
+from packlight.attention.flashinfer.kernels import Limits
+from packlight.attention.flashinfer.wrappers import CUDA_CORE_GROUPS, LIMITS, WORKSPACE_BYTES, FlashInferKernels
+
+TOY_LIMITS = Limits(
+    head_dims=(2, 8, 16, 32, *LIMITS.head_dims),
+    q_dtypes=(torch.float32, *LIMITS.q_dtypes),
+    kv_dtypes=(torch.float32, *LIMITS.kv_dtypes),
+)
+
+
+def fake_kernels(*, toy=True):
+    """Our adapter over the fake module."""
+    limits = TOY_LIMITS if toy else LIMITS
+    return FlashInferKernels(torch.device("cpu"), fake_flashinfer(limits), limits)
+
+
+def fake_flashinfer(limits=LIMITS):
+    module = types.SimpleNamespace(plans=0, runs=0)
+    module.BatchDecodeWithPagedKVCacheWrapper = lambda *args, **kwargs: _Decode(module, limits, *args, **kwargs)
+    module.BatchPrefillWithPagedKVCacheWrapper = lambda *args, **kwargs: _Prefill(module, limits, *args, **kwargs)
+    return module
+
+
+class _Wrapper:
+    def __init__(self, module, limits, workspace, kv_layout):
+        if kv_layout != "HND":
+            raise KeyError(f"Invalid kv_layout {kv_layout}")
+        if workspace.dtype != torch.uint8 or workspace.numel() < WORKSPACE_BYTES or workspace[:4096].any():
+            raise ValueError("the float workspace is 128 MiB of zeros")
+        self.module, self.limits, self.planned = module, limits, False
+
+    def remember(self, *, window_left=-1, sm_scale, q_data_type, kv_data_type, o_data_type, **shape):
+        if shape["head_dim"] not in self.limits.head_dims:
+            raise ValueError(f"Unsupported head_dim: {shape['head_dim']}")
+        if q_data_type not in self.limits.q_dtypes or kv_data_type not in self.limits.kv_dtypes:
+            raise ValueError(f"no kernel for {q_data_type} and {kv_data_type}")
+        self.window_left, self.sm_scale, self.shape = window_left, sm_scale, shape
+        self.q_dtype, self.kv_dtype, self.o_dtype, self.planned = q_data_type, kv_data_type, o_data_type, True
+        self.module.plans += 1
+
+    def check(self, q, k, v):
+        assert self.planned, "run before plan"
+        if q.dtype != self.q_dtype or k.dtype != self.kv_dtype:
+            raise ValueError("The dtype of q or k does not match the one specified in plan function.")
+        assert k.shape == v.shape
+        assert k.stride() == v.stride()
+        assert k.stride(-1) == q.stride(-1) == 1
+        assert k.shape[1:] == tuple(self.shape[name] for name in ("num_kv_heads", "page_size", "head_dim"))
+        assert q.shape[1:] == (self.shape["num_qo_heads"], self.shape["head_dim"])
+        self.module.runs += 1
+
+    def attend(self, q_QHD, k_SKD, v_SKD, *, causal):
+        """The last Q of S tokens; window and causality are counted from the end."""
+        num_queries, num_tokens, group = len(q_QHD), len(k_SKD), q_QHD.shape[1] // k_SKD.shape[1]
+        k_SHD, v_SHD = (x.float().repeat_interleave(group, dim=1) for x in (k_SKD, v_SKD))
+        scores_HQS = torch.einsum("qhd,shd->hqs", q_QHD.float(), k_SHD) * self.sm_scale
+        age_QS = torch.arange(num_queries)[:, None] + num_tokens - num_queries - torch.arange(num_tokens)
+        hidden_QS = age_QS > self.window_left if self.window_left >= 0 else torch.zeros_like(age_QS, dtype=torch.bool)
+        if causal:
+            hidden_QS = hidden_QS | (age_QS < 0)
+        weights_HQS = scores_HQS.masked_fill(hidden_QS, -torch.inf).softmax(-1)
+        return torch.einsum("hqs,shd->qhd", weights_HQS, v_SHD).to(self.o_dtype)
+
+    def stored(self, k, v, request):
+        """K and V `[S, K, D]` of what a request lists, read now."""
+        begin, end = self.indptr[request], self.indptr[request + 1]
+        pages = self.indices[begin:end].long()
+        page_size, fill = self.shape["page_size"], int(self.last_fill[request])
+        num_tokens = (int(end - begin) - 1) * page_size + fill
+        assert ((pages >= 0) & (pages < len(k))).all(), f"request {request} lists pages outside the cache"
+        return (x[pages].transpose(1, 2).flatten(0, 1)[:num_tokens] for x in (k, v))
+
+
+def _check_lists(indptr, indices, last_fill, page_size):
+    for name, x in (("indptr", indptr), ("indices", indices), ("last_page_len", last_fill)):
+        if x.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {x.dtype}")
+    assert indptr[0] == 0
+    assert len(indptr) == len(last_fill) + 1
+    assert len(indices) == indptr[-1]
+    assert (indptr.diff() >= 1).all(), "a request lists no page"
+    assert ((last_fill >= 1) & (last_fill <= page_size)).all(), f"last_page_len outside 1..{page_size}"
+
+
+class _Decode(_Wrapper):
+    def __init__(
+        self,
+        module,
+        limits,
+        workspace,
+        kv_layout,
+        use_cuda_graph=False,
+        use_tensor_cores=False,
+        paged_kv_indptr_buffer=None,
+        paged_kv_indices_buffer=None,
+        paged_kv_last_page_len_buffer=None,
+    ):
+        super().__init__(module, limits, workspace, kv_layout)
+        self.use_cuda_graph, self.use_tensor_cores = use_cuda_graph, use_tensor_cores
+        if use_cuda_graph:
+            self.indptr, self.indices = paged_kv_indptr_buffer, paged_kv_indices_buffer
+            self.last_fill = paged_kv_last_page_len_buffer
+
+    def plan(self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, **options):
+        _check_lists(indptr, indices, last_page_len, page_size)
+        if not self.use_tensor_cores and num_qo_heads // num_kv_heads not in CUDA_CORE_GROUPS:
+            raise ValueError(f"Unsupported group_size: {num_qo_heads // num_kv_heads}")
+        if self.use_cuda_graph:
+            if len(last_page_len) != len(self.last_fill):
+                raise ValueError("The batch size should be fixed in cudagraph mode")
+            if len(indices) > len(self.indices):
+                raise ValueError("The size of indices should be less than or equal to the allocated buffer")
+            self.indptr.copy_(indptr)
+            self.indices[: len(indices)].copy_(indices)
+            self.last_fill.copy_(last_page_len)
+        else:
+            self.indptr, self.indices, self.last_fill = indptr.clone(), indices, last_page_len.clone()
+        shape = {"num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        self.remember(page_size=page_size, **shape, **options)
+
+    def run(self, q, paged_kv_cache):
+        k, v = paged_kv_cache
+        self.check(q, k, v)
+        assert len(q) == len(self.last_fill)
+        WRAPPERS[id(self)] = self
+        return torch.ops.fake_flashinfer.decode(q, k, v, id(self))
+
+    def compute(self, q, k, v):
+        out = [self.attend(q[i : i + 1], *self.stored(k, v, i), causal=False) for i in range(len(q))]
+        return torch.cat(out)
+
+
+# One operation, as a kernel is one launch: what records torch's operations sees this one, and not what is inside.
+WRAPPERS: WeakValueDictionary[int, _Decode] = WeakValueDictionary()
+
+
+@torch.library.custom_op("fake_flashinfer::decode", mutates_args=())
+def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wrapper: int) -> torch.Tensor:
+    return WRAPPERS[wrapper].compute(q, k, v)
+
+
+class _Prefill(_Wrapper):
+    def plan(
+        self,
+        qo_indptr,
+        paged_kv_indptr,
+        paged_kv_indices,
+        paged_kv_last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim_qk,
+        page_size,
+        *,
+        causal,
+        **options,
+    ):
+        _check_lists(paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, page_size)
+        assert qo_indptr.dtype == torch.int32
+        assert len(qo_indptr) == len(paged_kv_indptr)
+        self.qo_indptr, self.causal = qo_indptr.clone(), causal
+        self.indptr, self.indices = paged_kv_indptr.clone(), paged_kv_indices
+        self.last_fill = paged_kv_last_page_len.clone()
+        shape = {"num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim_qk}
+        self.remember(page_size=page_size, **shape, **options)
+
+    def run(self, q, paged_kv_cache):
+        k, v = paged_kv_cache
+        self.check(q, k, v)
+        assert len(q) == self.qo_indptr[-1]
+        spans = zip(self.qo_indptr[:-1].tolist(), self.qo_indptr[1:].tolist(), strict=True)
+        return torch.cat(
+            [self.attend(q[a:b], *self.stored(k, v, i), causal=self.causal) for i, (a, b) in enumerate(spans)]
+        )
