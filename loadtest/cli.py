@@ -125,8 +125,9 @@ def _parser() -> argparse.ArgumentParser:
 
     planning = commands.add_parser("plan", help="write what a run would send, for Locust on several machines")
     _add_request_arguments(planning)
+    planning.add_argument("--url", required=True, help="the server it will be sent to")
     planning.add_argument("--out", metavar="FILE", required=True)
-    planning.set_defaults(run=plan)
+    planning.set_defaults(run=plan, serve_set=[])
 
     commands.add_parser("scenarios", help="those that are shipped").set_defaults(run=list_scenarios)
     return parser
@@ -137,12 +138,6 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
     repeated: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument("--scenario", default="smoke", metavar="NAME", help="a shipped one, or a .yaml file (smoke)")
     parser.add_argument("--set", metavar="PATH=VALUE", help="one setting of the scenario, repeatable", **repeated)
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--url", help="a server that is running (default: `packlight serve` is started)")
-    where.add_argument("--cluster", action="store_true", help="start the cluster of deploy/cluster.py")
-    parser.add_argument(
-        "--serve-set", metavar="PATH=VALUE", help="a setting of what is started, repeatable", **repeated
-    )
     parser.add_argument("--model", help="the model to name (default: the first that the server lists)")
     parser.add_argument("--tokenizer", metavar="MODEL", help="what measures prompts, as `model.path` (smollm2)")
     parser.add_argument("--max-context", metavar="N", type=int, help="tokens the model reads (default: what it says)")
@@ -154,6 +149,12 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     repeated: dict[str, Any] = {"action": "append", "default": []}
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--url", help="a server that is running (default: `packlight serve` is started)")
+    where.add_argument("--cluster", action="store_true", help="start the cluster of deploy/cluster.py")
+    parser.add_argument(
+        "--serve-set", metavar="PATH=VALUE", help="a setting of what is started, repeatable", **repeated
+    )
     parser.add_argument("--timeout", metavar="S", type=float, default=900.0, help="for each wait on the server (900)")
     parser.add_argument(
         "--metrics", metavar="URL", help="Prometheus pages to sample, repeatable (URL/metrics)", **repeated

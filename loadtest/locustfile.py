@@ -86,6 +86,8 @@ def _begin_test(environment: Environment, plan: Plan) -> None:
 
 def _make_plan(options: Any) -> Plan:
     """Seed 0, so that all processes of a test make the same."""
+    if not options.host:
+        sys.exit("locust: --host is missing; prompts are made for the model of one server")
     given = {
         "--scenario": options.scenario,
         "--url": options.host,

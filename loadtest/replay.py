@@ -113,7 +113,9 @@ class BlockTexts:
         last = request.hash_ids[len(whole)] if len(whole) < len(request.hash_ids) else None
 
         def write(sentences: Sequence[str]) -> Question:
-            return Question(" ".join([*whole, *sentences]))
+            """What only fills up is glued to what is there: a space may be a token more."""
+            rest = " ".join(sentences)
+            return Question(" ".join([*whole, rest]) if rest[:1].isalpha() else " ".join(whole) + rest)
 
         return cut_to(
             wanted,

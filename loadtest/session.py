@@ -112,7 +112,8 @@ def measure(job: Job) -> tuple[LoadRun, bool]:
         counted = tuple(_counted(sample, job.prompts) for sample in samples)
         scrapes = scraper.since(began_at) if began_at is not None else ()
         run = LoadRun(header=_header(job, target, plan), samples=counted, scrapes=scrapes)
-        return replace(run, figures=figures(run)), is_interrupted
+        # On Locust's page a run that is over stays until somebody ends it.
+        return replace(run, figures=figures(run)), is_interrupted and len(samples) < run.header.num_planned
 
 
 def _drive(command: Sequence[str], scraper: Scraper) -> bool:

@@ -16,13 +16,12 @@ import torch
 from packlight.core.config import Config, PrefillConfig
 from packlight.core.types import LocalPrefill, Role, WorkerId
 from packlight.decode.worker import DecodeWorker
-from packlight.engine.build import build_model, build_runner
 from packlight.engine.compute import Compute
+from packlight.engine.engine import Engine, open_engine
 from packlight.engine.health import HealthServer
 from packlight.engine.host import WorkerProcess, run_until
 from packlight.fleet.heart import worker_identity
 from packlight.fleet.registry import build_fleet
-from packlight.models.base import LanguageModel
 from packlight.models.opened import open_model
 from packlight.prefill.publisher import Publisher
 from packlight.prefill.worker import PrefillWorker
@@ -47,7 +46,7 @@ class PrefillBeside:
         self,
         config: Config,
         identity: tuple[WorkerId, int],
-        model: LanguageModel,
+        engine: Engine,
         compute: Compute,
         index: PrefixIndex,
         metrics: PrefillMetrics,
@@ -57,10 +56,11 @@ class PrefillBeside:
         holder = Holder(local_id(identity[0]), identity[1])
         section = _section(config)
         self.worker_id, self._max_stall_s = holder.worker_id, config.decode.max_stall_s
-        runner = build_runner(model, config.model.device, config.kv, section)
+        runner = engine.prefill_runner(section)
         tracer = traces.tracer(Role.PREFILL, self.worker_id) if traces else NO_TRACER
         self.worker = PrefillWorker(section, runner, compute, metrics=metrics, tracer=tracer)
-        self._publisher = Publisher(index, model.spec.fingerprint, holder, self.worker.blocks.cache.prefixes)
+        fingerprint = runner.model.spec.fingerprint
+        self._publisher = Publisher(index, fingerprint, holder, self.worker.blocks.cache.prefixes)
         self.worker.blocks.inventory = self._publisher
 
     def offer(self) -> LocalPrefill:
@@ -96,12 +96,12 @@ async def _serve(
     if section.threads:
         torch.set_num_threads(section.threads)
     opened = open_model(config.model, on_progress=on_progress)
-    model = build_model(opened, config.model, Role.DECODE, on_progress=on_progress)
+    engine = open_engine(opened, config, Role.DECODE, on_progress=on_progress)
     channels = Channels()
     compute, beside = Compute("decode", max_stall_s=section.max_stall_s), None
     if index is not None:
         # The fake model computes differently by role; a real one is shared.
-        twin = model if opened.folder else build_model(opened, config.model, Role.PREFILL, on_progress=on_progress)
+        twin = engine if opened.folder else open_engine(opened, config, Role.PREFILL, on_progress=on_progress)
         beside = PrefillBeside(config, identity, twin, compute, index, PrefillMetrics(http.registry), traces)
 
     def prefill_client(worker_id: WorkerId, address: str) -> PrefillWorker | GrpcPrefillClient:
@@ -109,7 +109,7 @@ async def _serve(
             return beside.worker
         return GrpcPrefillClient(channels.get(address), worker_id)
 
-    runner = build_runner(model, config.model.device, config.kv, section)
+    runner = engine.decode_runner(section)
     metrics, tracer = DecodeMetrics(http.registry), traces.tracer(Role.DECODE, identity[0])
     worker = DecodeWorker(section, runner, compute, prefill_client, metrics=metrics, tracer=tracer)
     worker.prepare(on_progress)
@@ -121,19 +121,20 @@ async def _serve(
         decode_handler(worker),
         fleet,
         identity=identity,
-        spec=model.spec,
+        spec=opened.spec,
         http=http,
         environ=environ,
         also=beside.beat if beside else None,
         offer=beside.offer if beside else None,
     )
     try:
-        await process.serve(stop, on_progress, *([beside.run] if beside else []))
+        await process.serve(stop, on_progress, engine.watch, *([beside.run] if beside else []))
     finally:
         await channels.close()
         if index is not None:
             await index.close()
         compute.close()
+        engine.close()
         await asyncio.to_thread(traces.close)
 
 

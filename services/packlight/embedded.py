@@ -15,6 +15,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from packlight.core.config import Config, FleetConfig, IndexConfig
+from packlight.core.errors import ConfigError
 from packlight.core.types import Role
 from packlight.decode.worker import DecodeWorker
 from packlight.engine.build import build_model, build_runner
@@ -44,6 +45,7 @@ class Embedded:
 
     def __init__(self, config: Config, opened: OpenedModel, on_progress: Callable[[str], None]) -> None:
         self._config, registry = config, CollectorRegistry()
+        _refuse_division(config)
         self._traces = open_traces(config.telemetry)
         self._compute = Compute(max_stall_s=config.decode.max_stall_s)
         if config.prefill.threads or config.decode.threads:
@@ -108,6 +110,15 @@ class Embedded:
         await self.view.close()
         self._compute.close()
         await asyncio.to_thread(self._traces.close)
+
+
+def _refuse_division(config: Config) -> None:
+    for role, section in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode)):
+        if section.tensor_parallel > 1:
+            raise ConfigError(
+                f"{role}.tensor_parallel={section.tensor_parallel}: `packlight serve` is one process. Start "
+                "`packlight router` and `packlight decode`, with or without `packlight prefill`"
+            )
 
 
 async def serve(config: Config, stop: asyncio.Event, on_progress: Callable[[str], None]) -> None:

@@ -129,7 +129,7 @@ async def test_where_the_kept_tokens_lie_is_told_to_who_asks(reach):
     pack = PackSpec("streaming_llm", budget_tokens=8, window=4, sinks=2)
     async with fake_pair() as pair, reach(pair.decode) as client:
         _, asked = await collect(client, make_request(PROMPT, pack=pack, explain=True))
-        _, not_asked = await collect(client, make_request(PROMPT, pack=pack))
+        _, not_asked = await collect(client, make_request(PROMPT, pack=pack, request_id="other"))
     assert list(asked.usage.kv.kept_map.shares) == [255] * 2 + [0] * 3 + [255] * 6
     assert not_asked.usage.kv.kept_map is None
 

@@ -243,7 +243,7 @@ async def test_what_prompts_have_in_common_is_computed_once_though_they_come_at_
         await until(lambda: pair.prefill.num_unfinished == 4)
         pair.prefill_gate.let_all()
         firsts = [next(e for e in events if isinstance(e, FirstToken)) for events in await asyncio.gather(*asked)]
-        assert [first.num_cached_tokens for first in firsts] == [0, 40, 40, 40]
+        assert sorted(first.num_cached_tokens for first in firsts) == [0, 40, 40, 40]  # who came first is chance
         assert [first.token.token_id for first in firsts] == [fake_answer(prompt, 1)[0] for prompt in prompts]
 
 

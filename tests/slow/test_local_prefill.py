@@ -17,6 +17,7 @@ from packlight.colocated import PrefillBeside
 from packlight.core.config import Config, DecodeConfig, LocalPrefillConfig, PrefillConfig
 from packlight.decode.worker import DecodeWorker
 from packlight.engine.compute import Compute
+from packlight.engine.engine import LocalEngine
 from packlight.engine.runner import DecodeRunner, Runner
 from packlight.kv.pool import KVPool
 from packlight.prefill.worker import PrefillWorker
@@ -70,7 +71,8 @@ async def decode_with_both(model):
     compute, other = Compute(max_stall_s=decode_config.max_stall_s), Compute("prefill")
     pools = [KVPool(model.spec, num_blocks=POOL_TOKENS // PAGE, page_size=PAGE, dtype=torch.float32) for _ in range(2)]
     registry, config = CollectorRegistry(), Config(decode=decode_config)
-    beside = PrefillBeside(config, ("decode", 1), model, compute, MemoryPrefixIndex(1000), PrefillMetrics(registry))
+    engine = LocalEngine(model, config)
+    beside = PrefillBeside(config, ("decode", 1), engine, compute, MemoryPrefixIndex(1000), PrefillMetrics(registry))
     metrics = PrefillMetrics(CollectorRegistry())
     remote = PrefillWorker(PrefillConfig(), Runner(model, pools[0], SdpaAttention()), other, metrics=metrics)
     async with loopback(prefill_handler(remote)) as (_, channel):

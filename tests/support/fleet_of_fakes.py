@@ -33,6 +33,7 @@ from packlight.core.types import (
 )
 from packlight.decode.worker import DecodeWorker
 from packlight.engine.compute import Compute
+from packlight.engine.engine import LocalEngine
 from packlight.engine.host import Identity, describe
 from packlight.fleet.memory import MemoryFleet
 from packlight.fleet.view import FleetView
@@ -273,8 +274,8 @@ def _beside(
         kv=KVConfig(page_size=PAGE),
         decode=config.model_copy(update={"local_prefill": offered, "attention": "reference"}),
     )
-    model = FakeModel(spec, bias=PREFILL_BIAS, before_step=gate)
-    return PrefillBeside(whole, (worker_id, 1), model, compute, index, PrefillMetrics(CollectorRegistry()))
+    engine = LocalEngine(FakeModel(spec, bias=PREFILL_BIAS, before_step=gate), whole)
+    return PrefillBeside(whole, (worker_id, 1), engine, compute, index, PrefillMetrics(CollectorRegistry()))
 
 
 def broken_answer(prompt: list[int], num_tokens: int, breaks: list[int]) -> list[int]:

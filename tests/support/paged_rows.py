@@ -5,6 +5,7 @@ import torch
 from packlight.attention.base import DecodeBatch
 from packlight.core.types import ModelSpec
 from packlight.kv.coded import CodedPool
+from packlight.kv.fp8_pool import FP8Pool
 from packlight.kv.pages import PageBook
 from packlight.kv.pool import KVPool
 from packlight.kv.summaries import PageSummaries
@@ -44,6 +45,8 @@ class PagedRows:
             self.pool = KVPool(spec, num_blocks=num_blocks, **memory)
             self.pool.k.fill_(1e4)
             self.pool.v.fill_(1e4)
+        elif codec == "fp8 pool":
+            self.pool = FP8Pool(spec, num_blocks=num_blocks, **memory)
         else:
             num_open = len(lengths) * self.num_layers * self.num_kv_heads
             self.pool = CodedPool(spec, codec, num_blocks=num_blocks, max_open_pages=num_open, **memory)

@@ -48,15 +48,18 @@ def use_everything(registry: CollectorRegistry) -> None:
         worker.set_queue(1)
         worker.set_running(2)
         worker.observe_queue(0.01)
+        worker.count_link("nixl", "made")
         worker.observe_shipment("snapkv", 100.0, 1000, 4000, 0.98)
     prefill.observe_prefill(100, 60, 0.2, 0.01)
     prefill.observe_step(2, 512, 0.05)
     prefill.observe_shipping("grpc", 0.2, 0.01)
+    prefill.count_layers("nixl", 3, 27)
     prefill.observe_shadow("snapkv", 0.02, True)
     decode.observe_step(8, 0.004)
     decode.observe_transfer(0.01)
     decode.observe_first_step(0.005)
     decode.observe_stall(0.1)
+    decode.set_link_pace("prefill-0", "nixl", 1e9)
     decode.count_graph_step("replayed")
 
 

@@ -65,7 +65,8 @@ def new_token_slots(batch: DecodeBatch) -> Int64s:
     """The token slot of the new token of every (row, layer, head), `[B, L, K]`."""
     rows, page_size = list(batch.rows), batch.pool.page_size
     index = batch.table.new_index(rows)
-    pages = np.take_along_axis(batch.table.pages[rows], (index // page_size)[..., None], axis=-1)[..., 0]
+    row, layer, head = np.ogrid[: len(rows), : index.shape[1], : index.shape[2]]
+    pages = batch.table.pages[np.asarray(rows)[row], layer, head, index // page_size]
     slots: Int64s = pages.astype(np.int64) * page_size + index % page_size
     return slots
 

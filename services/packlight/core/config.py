@@ -164,7 +164,14 @@ class WorkerSection(Section):
         "`flashinfer` on GPUs where it is installed and has a kernel for the model, else `sdpa`.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of one step. Default: torch's own choice.")
-    kv_memory_bytes: int = Field(1 << 30, ge=1 << 16, description="Memory of the KV pool.")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes among which the model is divided, by attention head: on `cuda` one per GPU, from "
+        "`model.device` on. A divisor of the KV heads. Prefill and decode workers may differ. Not in `packlight serve`.",
+    )
+    kv_memory_bytes: int = Field(1 << 30, ge=1 << 16, description="Memory of the KV pool, of all ranks together.")
     max_queue: int = Field(64, ge=1, description="Requests waiting for admission; one more is refused.")
     drain_s: float = Field(30.0, ge=0, description="On SIGTERM: how long running requests may still take.")
 
@@ -211,8 +218,9 @@ class DecodeConfig(WorkerSection):
     max_batch: int = Field(16, ge=1, description="Requests that decode together in one step.")
     kv_codec: str = Field(
         "native",
-        description="How packed KV lies in memory: `native` (the model's dtype), or a codec of docs/recipes.md (`fp8`, "
-        "`int8`, `int4`, ...), which holds more of it and is decoded at every read.",
+        description="How packed KV lies in memory: `native` (the model's dtype), `fp8_unscaled` (FP8 numbers, which "
+        "FlashInfer reads in place), or a codec of docs/recipes.md (`fp8`, `int8`, `int4`, ...), which holds more of "
+        "it and is decoded at every read.",
     )
     transports: list[str] = Field(
         ["inproc", "shm", "grpc"],

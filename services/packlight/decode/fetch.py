@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
 from packlight.core.config import DecodeConfig
-from packlight.core.errors import CapacityError, PacklightError, ShipmentCorrupt, WorkerLost
+from packlight.core.errors import CapacityError, PacklightError, RequestError, ShipmentCorrupt, WorkerLost
 from packlight.core.shipping import Accepted, FirstToken, PrefillClient, PrefillEvent, Shipped, Waiting
 from packlight.core.types import GenerateRequest, PrefillRequest
 from packlight.decode.intake import Intake
@@ -63,8 +63,8 @@ class Fetcher:
                         case _:
                             intake.take(event)
                             task.received_bytes = intake.num_bytes
-        except CapacityError:
-            intake.release(unused=True)
+        except (CapacityError, RequestError):
+            intake.refused()
             raise
         finally:
             intake.release()

@@ -77,10 +77,15 @@ class Intake:
                 f"(the sender counted {shipped.num_layers})"
             )
 
-    def release(self, *, unused: bool = False) -> None:
-        """`unused`: the request was refused, so nothing was or will be sent."""
+    def refused(self) -> None:
+        """The prefill worker does not want the request: if it had not accepted it before, nothing will ever be sent."""
+        if self._receiver is None:
+            for receiver in self._receivers.values():
+                receiver.release(unused=True)
+
+    def release(self) -> None:
         for receiver in self._receivers.values():
-            receiver.release(unused=unused)
+            receiver.release()
 
     def _make_receivers(self, transports: Mapping[str, KVTransport]) -> dict[str, KVReceiver]:
         """Those that this machine has, each ready for any layer that may come: a sender needs to know where."""

@@ -13,10 +13,12 @@ from types import MappingProxyType
 from packlight import __version__
 from packlight.core.config import Config
 from packlight.doctor.base import Check, Finding, Level, Patient, examine
+from packlight.doctor.collector import check_traces
 from packlight.doctor.gpu import check_flashinfer, check_gpu, check_nccl, check_nvcc
 from packlight.doctor.machine import check_cores, check_cpu, check_memory, check_python, check_shared_memory
 from packlight.doctor.software import check_model, check_native, check_torch, check_transformers
 from packlight.doctor.surroundings import check_ports, check_redis
+from packlight.doctor.transports import check_nixl, check_process_groups
 
 SUMMARY = "say what is there, what is missing, and how to get it"
 ROLES = ("serve", "router", "prefill", "decode")
@@ -34,10 +36,13 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "model": check_model,
         "ports": check_ports,
         "redis": check_redis,
+        "traces": check_traces,
         "gpu": check_gpu,
         "nvcc": check_nvcc,
         "flashinfer": check_flashinfer,
         "nccl": check_nccl,
+        "process groups": check_process_groups,
+        "nixl": check_nixl,
     }
 )
 

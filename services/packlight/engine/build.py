@@ -18,6 +18,7 @@ from packlight.core.types import ModelSpec, Role
 from packlight.engine.graphs import CudaGraphs, GraphedRunner
 from packlight.engine.runner import DecodeRunner, Runner
 from packlight.kv.coded import CodedPool
+from packlight.kv.fp8_pool import FP8Pool
 from packlight.kv.pool import KVPool, PackedPool
 from packlight.models.base import LanguageModel, load_model
 from packlight.models.fake import DECODE_BIAS, PREFILL_BIAS, FakeModel
@@ -25,6 +26,9 @@ from packlight.models.opened import OpenedModel
 from packlight.native.compile import NativeUnavailable
 
 log = logging.getLogger(__name__)
+
+# A form that packed KV may lie in, but does not travel in.
+FP8_UNSCALED = "fp8_unscaled"
 
 
 def build_model(
@@ -51,7 +55,7 @@ def build_runner(
     backend = build_attention(section.attention, where, model.spec)
     if isinstance(section, DecodeConfig):
         pool = packed_pool(model.spec, where, kv.page_size, section)
-        if pool.device.type == "cuda" and isinstance(backend, FixedBackend) and isinstance(pool, KVPool):
+        if pool.device.type == "cuda" and isinstance(backend, FixedBackend) and not isinstance(pool, CodedPool):
             return GraphedRunner(model, pool, backend, CudaGraphs(pool.device), sizes=section.graphs)
         return DecodeRunner(model, pool, backend)
     return Runner(model, _exact_pool(model.spec, where, kv.page_size, section.kv_memory_bytes), backend)
@@ -85,20 +89,23 @@ def _load_backend(name: str, device: str, spec: ModelSpec | None) -> AttentionBa
 
 
 def packed_pool(spec: ModelSpec, device: str, page_size: int, section: DecodeConfig) -> PackedPool:
-    """The pool of a decode worker: as it is computed with, or coded."""
-    if section.kv_codec not in CODECS:
-        raise ConfigError(f"decode.kv_codec: unknown codec {section.kv_codec!r}; choose one of {', '.join(CODECS)}")
+    """The pool of a decode worker: as it is computed with, as plain FP8 numbers, or coded."""
+    known, memory_bytes, dtype = (*CODECS, FP8_UNSCALED), section.kv_memory_bytes, getattr(torch, spec.dtype)
+    if section.kv_codec not in known:
+        raise ConfigError(f"decode.kv_codec: unknown codec {section.kv_codec!r}; choose one of {', '.join(known)}")
     if section.kv_codec == "native":
-        return _exact_pool(spec, device, page_size, section.kv_memory_bytes)
+        return _exact_pool(spec, device, page_size, memory_bytes)
+    if section.kv_codec == FP8_UNSCALED:
+        return FP8Pool.of_size(spec, memory_bytes=memory_bytes, page_size=page_size, dtype=dtype, device=device)
     try:
         return CodedPool.of_size(
             spec,
             CODECS.load(section.kv_codec)(),
-            memory_bytes=section.kv_memory_bytes,
+            memory_bytes=memory_bytes,
             # One per head that is being appended to; a layer that arrives has no more.
             max_open_pages=section.max_batch * spec.num_layers * spec.num_kv_heads,
             page_size=page_size,
-            dtype=getattr(torch, spec.dtype),
+            dtype=dtype,
             device=device,
         )
     except InvalidRequest as error:  # the codec has no form for this head dim

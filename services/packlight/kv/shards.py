@@ -19,7 +19,7 @@ class ShardedPageBook:
     `PageBook`, and the same threads: one owner calls it."""
 
     def __init__(self, num_pages: int, *, num_shards: int, num_kv_heads: int) -> None:
-        assert num_pages % num_shards == 0 and num_kv_heads % num_shards == 0, (num_pages, num_kv_heads, num_shards)
+        assert num_pages % num_shards == num_kv_heads % num_shards == 0, (num_pages, num_kv_heads, num_shards)
         self.num_pages, self._num_heads = num_pages, num_kv_heads // num_shards
         self._size = num_pages // num_shards
         self._books = [PageBook(self._size) for _ in range(num_shards)]

@@ -36,7 +36,9 @@ class HeadPageBook(Protocol):
 class HeadPageTable:
     """Rows of head pages out of `book`. Not thread-safe: one owner calls it."""
 
-    def __init__(self, book: HeadPageBook, *, num_rows: int, num_layers: int, num_kv_heads: int, page_size: int) -> None:
+    def __init__(
+        self, book: HeadPageBook, *, num_rows: int, num_layers: int, num_kv_heads: int, page_size: int
+    ) -> None:
         self._book, self._page_size = book, page_size
         shape = (num_rows, num_layers, num_kv_heads)
         self.pages: Int32s = np.zeros((*shape, 1), dtype=np.int32)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
 
 from packlight.core.errors import ModelError
 from packlight.core.types import ModelSpec
@@ -53,7 +54,7 @@ def _divide(model: Any, device_type: str, num_ranks: int) -> Any:
             f"transformers {transformers.__version__} cannot divide a model that is loaded; 5.23 can"
         ) from None
     _untie(model)
-    mesh = torch.distributed.init_device_mesh(device_type, (num_ranks,), mesh_dim_names=("tp",))
+    mesh = init_device_mesh(device_type, (num_ranks,), mesh_dim_names=("tp",))
     plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=num_ranks))
     return apply_tensor_parallelism(model, mesh, plan)
 

@@ -10,8 +10,8 @@ import torch
 
 from packlight.core.config import Config
 from packlight.core.types import Role
-from packlight.engine.build import build_model, build_runner
 from packlight.engine.compute import Compute
+from packlight.engine.engine import open_engine
 from packlight.engine.health import HealthServer
 from packlight.engine.host import WorkerProcess
 from packlight.fleet.heart import worker_identity
@@ -47,13 +47,13 @@ async def _serve(
     if section.threads:
         torch.set_num_threads(section.threads)
     opened = open_model(config.model, on_progress=on_progress)
-    model = build_model(opened, config.model, Role.PREFILL, on_progress=on_progress)
+    engine = open_engine(opened, config, Role.PREFILL, on_progress=on_progress)
     compute = Compute("prefill")
-    runner = build_runner(model, config.model.device, config.kv, section)
+    runner = engine.prefill_runner(section)
     identity = worker_identity(Role.PREFILL, section, environ)
     tracer = traces.tracer(Role.PREFILL, identity[0])
     worker = PrefillWorker(section, runner, compute, metrics=PrefillMetrics(http.registry), tracer=tracer)
-    publisher = Publisher(index, model.spec.fingerprint, Holder(*identity), worker.blocks.cache.prefixes)
+    publisher = Publisher(index, opened.spec.fingerprint, Holder(*identity), worker.blocks.cache.prefixes)
     worker.blocks.inventory = publisher
     process = WorkerProcess(
         config,
@@ -63,14 +63,15 @@ async def _serve(
         prefill_handler(worker),
         fleet,
         identity=identity,
-        spec=model.spec,
+        spec=opened.spec,
         http=http,
         environ=environ,
         also=publisher.beat,
     )
     try:
-        await process.serve(stop, on_progress, publisher.run)
+        await process.serve(stop, on_progress, publisher.run, engine.watch)
     finally:
         await index.close()
         compute.close()
+        engine.close()
         await asyncio.to_thread(traces.close)

@@ -34,9 +34,9 @@ class KeepAlive:
 
     def _look(self) -> None:
         """Comment if it was silent for `idle_s`, and look again when that may next be so."""
-        due_at = self._reply.last_sent_at + self._idle_s
-        if not self._reply.is_streaming or due_at <= self._loop.time():
-            due_at = self._loop.time() + self._idle_s
+        now, due_at = self._loop.time(), self._reply.last_sent_at + self._idle_s
+        if due_at <= now:
+            due_at = now + self._idle_s
             self._say_something()
         self._timer = self._loop.call_at(due_at, self._look)
 

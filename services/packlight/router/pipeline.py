@@ -154,7 +154,7 @@ class Pipeline:
         plan = plan or Plan(Decision(request.pack))
         error: PacklightError | None = None
         for attempt in range(self._config.max_attempts):
-            now = self._resumed(request, so_far, attempt, self._clock() - started)
+            now = _resumed(request, so_far)
             try:
                 pair = await self._place(now, plan, avoid)
             except NoWorker:
@@ -168,7 +168,8 @@ class Pipeline:
                 self._metrics.count_retry(type(error).__name__)
             # Whoever takes over selects as the first one did, whatever it has cached.
             plan = Plan(decision)
-            request, now = _packed(request, decision.pack), _sent_to(pair, now, decision.pack)
+            request = _packed(request, decision.pack)
+            now = _addressed(now, pair, decision.pack, attempt, self._clock() - started)
             async with aclosing(self._attempt(now, pair)) as events:
                 async for event in events:
                     if isinstance(event, Failed):
@@ -194,15 +195,6 @@ class Pipeline:
         yield so_far.finished(request) or Failed(request.request_id, error)
 
     # ── one attempt ──────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _resumed(self, request: GenerateRequest, so_far: SoFar, attempt: int, spent_s: float) -> GenerateRequest:
-        token_ids = request.token_ids
-        return replace(
-            request,
-            request_id=f"{request.request_id}.{attempt}",
-            token_ids=(*token_ids, *so_far.token_ids) if so_far.token_ids else token_ids,
-            deadline_s=max(0.001, request.deadline_s - spent_s),
-        )
 
     async def _place(self, request: GenerateRequest, plan: Plan, avoid: frozenset[WorkerId]) -> Pair:
         started = self._clock()
@@ -289,10 +281,21 @@ class Pipeline:
         return culprit.worker_id
 
 
+def _resumed(request: GenerateRequest, so_far: SoFar) -> GenerateRequest:
+    return replace(request, token_ids=(*request.token_ids, *so_far.token_ids)) if so_far.token_ids else request
+
+
 def _packed(request: GenerateRequest, pack: PackSpec) -> GenerateRequest:
     return request if request.pack is pack else replace(request, pack=pack)
 
 
-def _sent_to(pair: Pair, request: GenerateRequest, pack: PackSpec) -> GenerateRequest:
-    prefill = pair.prefill
-    return replace(request, pack=pack, prefill_id=prefill.worker_id, prefill_address=prefill.address)
+def _addressed(request: GenerateRequest, pair: Pair, pack: PackSpec, attempt: int, spent_s: float) -> GenerateRequest:
+    """What this attempt sends, after `spent_s` seconds."""
+    return replace(
+        request,
+        request_id=f"{request.request_id}.{attempt}",
+        pack=pack,
+        prefill_id=pair.prefill.worker_id,
+        prefill_address=pair.prefill.address,
+        deadline_s=max(0.001, request.deadline_s - spent_s),
+    )

@@ -31,7 +31,7 @@ class Arena:
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes - num_bytes % ALIGNMENT
         self._held: dict[int, Slab] = {}
-        self._quarantined: dict[int, Slab] = {}
+        self._quarantined: dict[int, tuple[Slab, float]] = {}  # and since when
         self._over: set[int] = set()  # of those held
         self._next_number = 1
 
@@ -48,11 +48,11 @@ class Arena:
         self._held[slab.number] = slab
         return slab
 
-    def give_back(self, number: int, *, is_clean: bool) -> None:
+    def give_back(self, number: int, *, is_clean: bool, now_s: float) -> None:
         """`is_clean`: nobody writes into it any more."""
         slab = self._held.pop(number)
         if not is_clean and number not in self._over:
-            self._quarantined[number] = slab
+            self._quarantined[number] = (slab, now_s)
         self._over.discard(number)
 
     def clear(self, number: int) -> None:
@@ -65,9 +65,9 @@ class Arena:
         self._quarantined.clear()
         self._over.update(self._held)
 
-    @property
-    def num_quarantined_bytes(self) -> int:
-        return sum(slab.num_bytes for slab in self._quarantined.values())
+    def num_lost_bytes(self, before_s: float) -> int:
+        """Quarantined since before then: whoever should say that it is over is probably gone."""
+        return sum(slab.num_bytes for slab, since_s in self._quarantined.values() if since_s < before_s)
 
     @property
     def num_held(self) -> int:
@@ -75,7 +75,8 @@ class Arena:
 
     def _free_runs(self) -> list[tuple[int, int]]:
         """(start, length) of what lies between slabs."""
-        taken = sorted((slab.start, slab.end) for slab in (*self._held.values(), *self._quarantined.values()))
+        slabs = (*self._held.values(), *(slab for slab, _ in self._quarantined.values()))
+        taken = sorted((slab.start, slab.end) for slab in slabs)
         starts = [0, *(end for _, end in taken)]
         ends = [*(start for start, _ in taken), self.num_bytes]
         return [(start, end - start) for start, end in zip(starts, ends, strict=True) if end > start]

@@ -5,7 +5,7 @@ Knows offers, headers and the receiver's memory. Writing is `nixl_writer.py`'s, 
 The receiver registers one arena for good and deals it out: a slab per shipment, offered with the address and what
 connects to its agent. What does not fit into a slab goes inline. A slab whose sender may still write into it is not
 used again until that sender says that it is over. If it never does - it died, or froze - the agent is replaced when
-the arena runs short: with the old one all connections end, so that nobody writes there any more.
+the arena is full: with the old one all connections end, so that nobody writes there any more.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import logging
 import re
 import secrets
 import threading
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ _OFFER = re.compile(
     r"(?P<slab>\d{1,15})/(?P<address>\d{1,20})/(?P<size>\d{1,15})"
     r"/(?P<peer>(?P<kind>DRAM|VRAM)/(?P<device>\d{1,3})/(?P<metadata>[\w=-]{1,65536}))"
 )
+LOST_AFTER_S = 10.0
 log = logging.getLogger(__name__)
 
 
@@ -99,36 +102,42 @@ class NixlReceiver:
 class Inbox:
     """The memory that senders write into, and the agent that lets them. Used from one thread."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(
+        self,
+        site: Site,
+        make_agent: Callable[[str, Tensor], Agent] = Agent,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Raises ShipmentIncompatible where there is no NIXL."""
+        self._make, self._clock = make_agent, clock
         self.memory: Tensor = torch.empty(site.staging_bytes, dtype=torch.uint8, device=site.device)
         self._arena = Arena(site.staging_bytes)
         self._agent: Agent | None = self._make_agent()
+        self._successor: Agent | None = None
         self._renewal: threading.Thread | None = None
 
     def take(self, num_bytes: int) -> tuple[Slab, str]:
         """A slab of at most `num_bytes`, and its offer. Raises ShipmentIncompatible if there is none just now."""
-        agent = self._agent
+        agent = self._current_agent()
         if agent is None:
             raise ShipmentIncompatible("the NIXL agent is being replaced")
         self._hear(agent)
         slab = self._arena.take(num_bytes)
-        if 2 * self._arena.num_quarantined_bytes > self._arena.num_bytes:
-            self._renew()
         if slab is None:
-            raise ShipmentIncompatible(f"none of {self._arena.num_bytes} bytes of NIXL memory are free")
+            self._renew_if_that_helps()
+            raise ShipmentIncompatible(f"too few of {self._arena.num_bytes} bytes of NIXL memory are free")
         kind, device = where_is(self.memory)
         metadata = base64.urlsafe_b64encode(agent.metadata).decode()
         address = self.memory.data_ptr() + slab.start
         return slab, f"{slab.number}/{address}/{slab.num_bytes}/{kind}/{device}/{metadata}"
 
     def give_back(self, slab: Slab, *, is_clean: bool) -> None:
-        self._arena.give_back(slab.number, is_clean=is_clean)
+        self._arena.give_back(slab.number, is_clean=is_clean, now_s=self._clock())
 
     def close(self) -> None:
         if self._renewal is not None:
             self._renewal.join()
-        agent, self._agent = self._agent, None
+        agent, self._agent = self._current_agent(), None
         if agent is not None:
             agent.close()
 
@@ -137,22 +146,34 @@ class Inbox:
             if message.isdigit():
                 self._arena.clear(int(message))
 
-    def _renew(self) -> None:
+    def _renew_if_that_helps(self) -> None:
         """Half a second of work, so beside the event loop; meanwhile nothing is offered."""
-        log.warning("%d bytes of NIXL memory wait for senders that are gone", self._arena.num_quarantined_bytes)
-        agent, self._agent = self._agent, None
-
-        def work() -> None:
-            if agent is not None:
-                agent.close()
-            self._arena.clear_all()
-            self._agent = self._make_agent()
-
-        self._renewal = threading.Thread(target=work, name="packlight-nixl-renewal", daemon=True)
+        num_lost = self._arena.num_lost_bytes(self._clock() - LOST_AFTER_S)
+        if num_lost == 0:
+            return
+        log.warning("%d bytes of NIXL memory wait for senders that are gone: the agent is replaced", num_lost)
+        old, self._agent = self._agent, None
+        self._renewal = threading.Thread(target=self._replace, args=(old,), name="packlight-nixl-renewal", daemon=True)
         self._renewal.start()
 
+    def _replace(self, old: Agent | None) -> None:
+        """On a thread of its own."""
+        if old is not None:
+            old.close()
+        try:
+            self._successor = self._make_agent()
+        except ShipmentIncompatible as error:
+            log.error("no NIXL any more: %s", error)
+
+    def _current_agent(self) -> Agent | None:
+        successor, self._successor = self._successor, None
+        if successor is not None:
+            self._agent = successor
+            self._arena.clear_all()
+        return self._agent
+
     def _make_agent(self) -> Agent:
-        return Agent(f"packlight-{secrets.token_hex(8)}", self.memory)
+        return self._make(f"packlight-{secrets.token_hex(8)}", self.memory)
 
 
 def _parse_peer(text: str) -> Peer:

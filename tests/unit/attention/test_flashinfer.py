@@ -68,9 +68,9 @@ def test_groups_without_a_kernel_on_the_cuda_cores_run_on_the_tensor_cores(num_h
         torch.testing.assert_close(out[layer, 0], expected)
 
 
-@pytest.mark.parametrize("codec", [FP8Codec, Int8Codec, Int4Codec])
-def test_coded_pages_are_decoded_into_scratch(codec):
-    """Of sparse rows only what is read: both backends ask the pool for the same pages and see the same numbers."""
+@pytest.mark.parametrize("codec", [FP8Codec, Int8Codec, Int4Codec, lambda: "fp8 pool"])
+def test_pages_in_fewer_bits_are_read_as_by_other_backends(codec):
+    """Decoded into scratch, of sparse rows only what is read; or in place, where they are plain FP8 numbers."""
     lengths = [[[30, 9], [22, 41]], [[7, 33], [25, 26]]]
     ours, theirs = (PagedRows(lengths, num_heads=4, head_dim=16, codec=codec()) for _ in range(2))
     backends = FlashInferAttention("cpu", fake_kernels()), SdpaAttention()

@@ -150,3 +150,32 @@ def test_an_evicting_resumed_answer_keeps_the_room_it_arrives_with():
     needs = Needs(request(50, 100, pack, num_resumed=7), model(), 4)
     assert needs.layer(0, [27, 27]) == 2 * 7
     assert needs.bound() == 4 * 7
+
+
+@given(
+    num_shards=st.sampled_from([1, 2, 4]),
+    recipe=st.sampled_from(["none", "snapkv", "adakv", "cake"]),
+    num_prompt=st.integers(1, 200),
+    max_tokens=st.integers(1, 60),
+    data=st.data(),
+)
+def test_what_is_free_in_all_shards_together_is_free_in_each(num_shards, recipe, num_prompt, max_tokens, data):
+    """A shard's pages, times the shards, are within the layer's need; and a layer as even as the recipe makes it, or
+    as uneven as its budget lets it be, within the bound."""
+    spec, pack = model(num_heads=4), PackSpec(recipe, budget_tokens=50, window=4, sinks=2)
+    pack = PackSpec() if recipe == "none" else pack
+    needs = Needs(request(num_prompt, max_tokens, pack), spec, 4, num_shards=num_shards)
+    total, kept = 0, min(num_prompt, 50 if recipe != "none" else num_prompt)
+    for layer in range(spec.num_layers):
+        lengths = [kept] * 4
+        if recipe == "adakv" and num_prompt > 50:
+            moved = data.draw(st.integers(0, min(kept - 7, num_prompt - kept)))
+            lengths = [kept + moved, kept - moved, kept, kept]
+        size = 4 // num_shards
+        by_shard = [
+            sum(-(-(length + max_tokens) // 4) for length in lengths[start : start + size])
+            for start in range(0, 4, size)
+        ]
+        assert needs.layer(layer, lengths) == num_shards * max(by_shard)
+        total += needs.layer(layer, lengths)
+    assert total <= needs.bound()

@@ -45,7 +45,7 @@ def num_alike(one: str, other: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-@pytest.mark.parametrize("num_tokens", [70, 113, 159, 160, 161, 200, 437])
+@pytest.mark.parametrize("num_tokens", [70, 101, 113, 159, 160, 161, 200, 437])
 def test_a_prompt_has_exactly_its_tokens(prompts, texts, num_tokens):
     ids = range(-(-num_tokens // BLOCK))
     assert count(prompts, texts, request_of(num_tokens, *ids)) == num_tokens

@@ -117,7 +117,8 @@ async def test_metrics_are_exposed(accept: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "not_found"),
+        ("GET", "/nothing", 404, "not_found"),
+        ("POST", "/", 405, "method_not_allowed"),
         ("GET", "/v1/nothing", 404, "not_found"),
         ("GET", "/v1/models/", 404, "model_not_found"),
         ("GET", CHAT + "/", 404, "not_found"),

@@ -18,6 +18,7 @@ from packlight.attention.flashinfer.fixed import FixedDecode
 from packlight.attention.flashinfer.kernels import DecodeKernel, Kernels, PrefillKernel
 from packlight.attention.flashinfer.mirror import TableMirror
 from packlight.attention.flashinfer.prefill import FlashInferPrefill
+from packlight.attention.flashinfer.site import stored_dtype
 from packlight.attention.flashinfer.wrappers import FlashInferKernels
 from packlight.kv.pool import PackedPool
 from packlight.kv.table import HeadPageTable
@@ -41,7 +42,7 @@ class FlashInferAttention:
 
     def plan(self, batch: PrefillBatch | DecodeBatch) -> AttentionPlan:
         """Raises ConfigError for a pool that the kernels cannot read."""
-        self.require(batch.pool.head_dim, batch.pool.dtype)
+        self._require(batch.pool)
         if isinstance(batch, PrefillBatch):
             return FlashInferPrefill(batch, self._prefill)
         return FlashInferDecode(batch, self._mirror(batch.table, batch.pool), self._decode)
@@ -51,8 +52,11 @@ class FlashInferAttention:
 
     def fixed_plan(self, batch: DecodeBatch, shape: FixedShape) -> FixedPlan:
         """Raises ConfigError for a pool that the kernels cannot read."""
-        self.require(batch.pool.head_dim, batch.pool.dtype)
+        self._require(batch.pool)
         return FixedDecode(batch, shape, self._mirror(batch.table, batch.pool), self.kernels)
+
+    def _require(self, pool: PackedPool) -> None:
+        self.kernels.limits.refuse(pool.head_dim, pool.dtype, stored_dtype(pool))
 
     def _mirror(self, table: HeadPageTable, pool: PackedPool) -> TableMirror:
         if table not in self._mirrors:

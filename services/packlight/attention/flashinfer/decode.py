@@ -14,7 +14,7 @@ from packlight.attention.flashinfer.kernels import DecodeKernel, KernelShape
 from packlight.attention.flashinfer.lists import PageLists
 from packlight.attention.flashinfer.mirror import TableMirror
 from packlight.attention.flashinfer.reads import HeadReads, head_reads, page_budgets
-from packlight.attention.flashinfer.site import Chooser, Site
+from packlight.attention.flashinfer.site import Chooser, Site, stored_dtype
 from packlight.attention.flashinfer.store import TokenStore
 from packlight.kv.reading import PageReader
 
@@ -73,4 +73,5 @@ class FlashInferDecode:
 def kernel_shape(batch: DecodeBatch, q_THD: Tensor, scale: float, sliding_window: int | None) -> KernelShape:
     pool = batch.pool
     group = q_THD.shape[1] // pool.num_kv_heads
-    return KernelShape(group, pool.head_dim, pool.page_size, q_THD.dtype, pool.dtype, scale, sliding_window)
+    kv_dtype = stored_dtype(pool)
+    return KernelShape(group, pool.head_dim, pool.page_size, q_THD.dtype, kv_dtype, scale, sliding_window)

@@ -21,8 +21,17 @@ from packlight.attention.flashinfer.mirror import TableMirror
 from packlight.attention.flashinfer.reads import HeadReads
 from packlight.attention.flashinfer.scores import page_scores
 from packlight.attention.upload import upload
-from packlight.kv.pool import KVPool
+from packlight.kv.fp8_pool import FP8Pool
+from packlight.kv.pool import KVPool, PackedPool
 from packlight.kv.reading import PageReader
+
+# Pools whose pages are numbers, read where they lie.
+PLAIN_POOLS = (KVPool, FP8Pool)
+
+
+def stored_dtype(pool: PackedPool) -> torch.dtype:
+    """Of the pages that kernels read: coded ones are decoded into the pool's dtype first."""
+    return pool.k_pages.dtype if isinstance(pool, PLAIN_POOLS) else pool.dtype
 
 
 class Chooser:
@@ -96,7 +105,7 @@ class Site:
     def _pages(self) -> tuple[Tensor, Tensor]:
         """The memory that the lists point into: the pool's, or of a coded pool a copy of what is listed."""
         pool = self._batch.pool
-        if isinstance(pool, KVPool):
+        if isinstance(pool, PLAIN_POOLS):
             return pool.k_pages, pool.v_pages
         pages_J = self._indices_J.long()
         if self._scratch is None:

@@ -9,54 +9,37 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-
-import torch.distributed as dist
 
 from packlight.core.config import Config
 from packlight.core.errors import InternalError, WorkerLost
 from packlight.engine.parallel.followers import Followers
-from packlight.engine.parallel.group import Group
+from packlight.engine.parallel.group import Group, Meeting, open_store
 from packlight.engine.parallel.messages import Kind, Message
 from packlight.engine.parallel.rank import Rank, rank_device
 from packlight.models.opened import OpenedModel
 
 log = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
-STORE_TIMEOUT = timedelta(seconds=60)
-_MEET_PERIOD_S = 0.02
 WATCH_PERIOD_S = 0.2
-
-
-class Meeting:
-    """Where ranks wait for each other while they start, however long one takes to load. `check` raises when it is no
-    use waiting."""
-
-    def __init__(self, store: dist.Store, rank: int, num_ranks: int, check: Callable[[], None]) -> None:
-        self._store, self._rank, self._num_ranks, self._check = store, rank, num_ranks, check
-
-    def meet(self, name: str) -> None:
-        """Returns when every rank has called it with `name`. Raises RuntimeError if the first process is gone."""
-        self._store.set(f"{name}/{self._rank}", "here")
-        while not self._store.check([f"{name}/{rank}" for rank in range(self._num_ranks)]):
-            self._check()
-            time.sleep(_MEET_PERIOD_S)
 
 
 class Crew:
     """All ranks, this one included. Create it before the event loop has anything to do: it loads the model."""
 
     def __init__(
-        self, opened: OpenedModel, config: Config, num_ranks: int, threads: int | None, on_progress: Callable[[str], None]
+        self,
+        opened: OpenedModel,
+        config: Config,
+        num_ranks: int,
+        threads: int | None,
+        on_progress: Callable[[str], None],
     ) -> None:
         """Raises StartupError if a follower ends, ModelError if the model cannot be divided."""
         self._failure: BaseException | None = None
         self._num_runners = 0
-        store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+        store = open_store()
         self.followers = Followers(num_ranks)
         try:
             for rank in self.followers.ranks:
@@ -64,7 +47,7 @@ class Crew:
                 self.followers.tell(rank, Message(Kind.OPEN, numbers, text=config.model_dump_json()))
             meeting = Meeting(store, 0, num_ranks, self.followers.check_started)
             meeting.meet("started")
-            self.group = Group(dist.PrefixStore("group", store), 0, num_ranks, rank_device(config.model.device, 0))
+            self.group = Group(store, 0, num_ranks, rank_device(config.model.device, 0))
             self.rank = Rank(opened, config, 0, num_ranks, meeting.meet, on_progress)
         except BaseException:
             self.followers.kill()

@@ -7,29 +7,71 @@ in it; so a process is in one such group at most. Both ends of a transfer know i
 from __future__ import annotations
 
 import os
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its stubs know one kind of store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 STEP_TIMEOUT = timedelta(seconds=60)
 """How long a rank waits for another inside a step: they start together and do equal work."""
+HOST = "127.0.0.1"
+_STORE_TIMEOUT = timedelta(seconds=60)
+_MEET_PERIOD_S = 0.02
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+
+
+def open_store() -> TCPStore:
+    """Where the ranks find each other: on a free port (`port`) of this machine, for itself only."""
+    listener = socket.create_server((HOST, 0))
+    return TCPStore(
+        HOST,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=_STORE_TIMEOUT,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def join_store(port: int) -> TCPStore:
+    """The store that the first process opened."""
+    return TCPStore(HOST, port, is_master=False, timeout=_STORE_TIMEOUT)
+
+
+class Meeting:
+    """Where ranks wait for each other while they start, however long one takes to load. `check` raises when it is no
+    use waiting."""
+
+    def __init__(self, store: Store, rank: int, num_ranks: int, check: Callable[[], None]) -> None:
+        self.store, self._rank, self._num_ranks, self._check = store, rank, num_ranks, check
+
+    def meet(self, name: str) -> None:
+        """Returns when every rank has called it with `name`. Raises RuntimeError if the first process is gone."""
+        self.store.set(f"{name}/{self._rank}", "here")
+        while not self.store.check([f"{name}/{rank}" for rank in range(self._num_ranks)]):
+            self._check()
+            time.sleep(_MEET_PERIOD_S)
 
 
 class Group:
     """`rank` of `num_ranks` processes on this machine, that meet in `store`."""
 
-    def __init__(self, store: dist.Store, rank: int, num_ranks: int, device: torch.device) -> None:
+    def __init__(self, store: Store, rank: int, num_ranks: int, device: torch.device) -> None:
         """Returns when all have come. Raises RuntimeError after STEP_TIMEOUT."""
         self.rank, self.num_ranks, self._device = rank, num_ranks, device
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         with _environment(_LOOPBACK):  # nothing listens to anybody outside
-            dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=STEP_TIMEOUT)
+            dist.init_process_group(
+                backend, store=PrefixStore("group", store), rank=rank, world_size=num_ranks, timeout=STEP_TIMEOUT
+            )
 
     def send(self, tensor: Tensor, rank: int) -> None:
         if tensor.numel():

@@ -60,7 +60,9 @@ class TableSender:
             self._lives[row], self._told[row] = int(table.lives[row]), now_LK
         rows_B = np.array(rows, dtype=np.int64)
         return [
-            TableUpdate(rows_B, is_fresh_B, lengths_BLK[..., heads], self._new_pages(table, rows_B, rank, heads, now, was))
+            TableUpdate(
+                rows_B, is_fresh_B, lengths_BLK[..., heads], self._new_pages(table, rows_B, rank, heads, now, was)
+            )
             for rank, heads in enumerate(head_slices(now_BLK.shape[-1], self._num_ranks))
             for now, was in ((now_BLK[..., heads], before_BLK[..., heads]),)
         ]
@@ -69,7 +71,7 @@ class TableSender:
         self, table: HeadPageTable, rows_B: Int64s, rank: int, heads: slice, now_BLK: Int64s, before_BLK: Int64s
     ) -> Int64s:
         place, layer, head, ordinal = added_pages(before_BLK, now_BLK)
-        pages_X = table.pages[rows_B[place], layer, head + heads.start, ordinal].astype(np.int64)
+        pages_X: Int64s = table.pages[rows_B[place], layer, head + heads.start, ordinal].astype(np.int64)
         return pages_X - rank * self._rank_pages
 
 
@@ -107,6 +109,6 @@ def added_pages(before_BLK: Int64s | Int32s, now_BLK: Int64s) -> tuple[Int64s, I
     """(row, layer, head, ordinal) of every page beyond the first `before_BLK`, `[X]` each, in this order."""
     num_new = (now_BLK - before_BLK).flatten()
     place, layer, head = (np.repeat(index.flatten(), num_new) for index in np.indices(now_BLK.shape))
-    first_X = np.repeat(np.cumsum(num_new) - num_new, num_new)
-    ordinal = np.repeat(before_BLK.flatten(), num_new) + np.arange(len(first_X)) - first_X
+    first_X: Int64s = np.repeat(np.cumsum(num_new) - num_new, num_new)
+    ordinal: Int64s = np.arange(len(first_X), dtype=np.int64) - first_X + np.repeat(before_BLK.flatten(), num_new)
     return place, layer, head, ordinal

@@ -55,6 +55,8 @@ async def time_shipping(
                 shipped[name] = []
             except PacklightError as error:
                 skipped[name] = error.message
+        for name in shipped:  # by now the links are made that the first shipments asked for
+            await receivers[name].fetch(question.prompt, question.pack, "")
         on_progress(f"shipping {question.num_tokens} tokens by {', '.join(shipped)}")
         for _ in range(num_rounds):
             for name, shipments in shipped.items():

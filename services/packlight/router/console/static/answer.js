@@ -21,7 +21,8 @@ export class Answer {
       el("span.asked", {}, words),
       this.state,
     );
-    this.element = el("section.lane", { "aria-label": isNamed ? `Answer ${name}` : "Answer" }, this.head, this.body, this.side);
+    const label = isNamed ? `Answer ${name}` : "Answer";
+    this.element = el("section.lane", { "aria-label": label }, this.head, this.body, this.side);
   }
 
   /** Reads `chunks` to their end. Raises nothing: what goes wrong is shown. */

@@ -38,7 +38,7 @@ export class Conversation {
     if (isComparison) this.#compare(turn, lanes);
   }
 
-  /** What was said so far as `lane` has it: its own answers, the other's where it has none. Failed turns are left out. */
+  /** What was said so far, as `lane` has it: its own answers, the other's where it has none, and no empty ones. */
   #messages(lane, question, system) {
     const messages = system ? [{ role: "system", content: system }] : [];
     for (const turn of this.turns) {
@@ -81,11 +81,17 @@ function likeness(a, b) {
 
 function shown(question) {
   if (question.length <= LONG) return el("p.question", {}, question);
-  const [head, tail] = [question.slice(0, 170).replace(/\s+\S*$/, ""), question.slice(-170).replace(/^\S*\s+/, "")];
+  const head = question.slice(0, 170).replace(/\s+\S*$/, "");
+  const tail = question.slice(-170).replace(/^\S*\s+/, "");
   return el(
     "details.question",
     {},
-    el("summary", {}, el("span.cut", {}, `${head} … ${tail}`), el("span.more", {}, `${count(question.length)} characters`)),
+    el(
+      "summary",
+      {},
+      el("span.cut", {}, `${head} … ${tail}`),
+      el("span.more", {}, `${count(question.length)} characters`),
+    ),
     el("div.all", {}, question),
   );
 }

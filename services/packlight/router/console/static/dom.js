@@ -7,7 +7,7 @@ export function el(kind, attributes = {}, ...children) {
   if (classes.length) node.className = classes.join(" ");
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+    else if (value !== null && value !== false) node.setAttribute(name, value === true ? "" : value);
   }
   node.append(...children.filter((child) => child !== null && child !== undefined));
   return node;
@@ -21,7 +21,7 @@ export function keepDrawn(node, draw) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 }
 
-/** A canvas context in CSS pixels, cleared, and how many device pixels one of them takes. Null while the canvas has no size. */
+/** A canvas context in CSS pixels, cleared, and how many device pixels one of them takes. Null while it has no size. */
 export function clearedContext(canvas) {
   const { clientWidth: width, clientHeight: height } = canvas;
   if (!width || !height) return null;

@@ -18,7 +18,7 @@ export class FleetPanel {
   /** `fleet` is what `/console/fleet` says, `at` when, in seconds. */
   update(fleet, at) {
     this.workers.replaceChildren(...fleet.workers.map(worker));
-    if (!fleet.workers.length) this.workers.append(el("p.hint", {}, fleet.details.why_not ?? "No worker has reported."));
+    if (!fleet.workers.length) this.workers.append(el("p.hint", {}, "No worker has reported."));
     const { totals } = fleet;
     const made = totals.generated_tokens;
     if (this.before) this.speed.add(Math.max(0, (made - this.before.made) / (at - this.before.at)));

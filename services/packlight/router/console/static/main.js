@@ -1,4 +1,4 @@
-// The console: what the server offers becomes controls, what is asked becomes a turn, and the fleet is asked each second.
+// The console: what the server offers becomes controls, what is asked becomes a turn, the fleet is asked each second.
 
 import { Server } from "./api.js";
 import { Conversation } from "./conversation.js";
@@ -41,7 +41,8 @@ class Console {
   #adopt(state) {
     this.model = state.model.name;
     const { num_layers: layers, num_kv_heads: heads, max_context: context } = state.model;
-    byId("model").textContent = `${this.model} · ${layers} layers × ${heads} KV heads · ${count(context)} tokens of context`;
+    const size = `${layers} layers × ${heads} KV heads · ${count(context)} tokens of context`;
+    byId("model").textContent = `${this.model} · ${size}`;
     byId("max-tokens").max = context;
     this.settings = [new Setting("A", state, "none"), new Setting("B", state, state.default_recipe)];
     byId("settings").replaceChildren(...this.settings.map((setting) => setting.element));
@@ -75,8 +76,9 @@ class Console {
     this.running = new AbortController();
     this.#enable();
     const settings = byId("compare").checked ? this.settings : this.settings.slice(-1);
+    const system = byId("system").value.trim();
     try {
-      await this.conversation.ask(question, settings, this.#options(), byId("system").value.trim(), this.running.signal);
+      await this.conversation.ask(question, settings, this.#options(), system, this.running.signal);
     } finally {
       this.running = null;
       this.#enable();

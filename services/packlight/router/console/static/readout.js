@@ -41,9 +41,11 @@ function figures({ kv, prompt_tokens_details: details }) {
     ["Recipe", `${kv.recipe}${codec}`, kv.policy ? "chosen by auto" : "asked for"],
     ["Prefix cache", `${count(cached)} tokens`, cached ? percent(cached / kv.prompt_tokens) : "nothing cached"],
   ];
-  if (kv.read_tokens < kv.kept_tokens) rows.splice(1, 0, ["Read per step", `${count(kv.read_tokens)} tokens`, "at most"]);
-  const cells = rows.flatMap(([name, value, note]) => [el("dt", {}, name), el("dd", {}, value), el("dd.note", {}, note)]);
-  return el("dl.figures", {}, ...cells);
+  if (kv.read_tokens < kv.kept_tokens) {
+    rows.splice(1, 0, ["Read per step", `${count(kv.read_tokens)} tokens`, "at most"]);
+  }
+  const cells = ([name, value, note]) => [el("dt", {}, name), el("dd", {}, value), el("dd.note", {}, note)];
+  return el("dl.figures", {}, ...rows.flatMap(cells));
 }
 
 function mass(value) {
@@ -90,5 +92,5 @@ function legend({ key, name, ms }) {
 export function toOneScale(lanes) {
   const all = lanes.map((lane) => lane.querySelector(".times")).filter(Boolean);
   const longest = Math.max(...all.map((times) => Number(times.dataset.total)));
-  for (const times of all) times.querySelector(".track").style.width = percent(times.dataset.total / longest, 2).replace(/\s/, "");
+  for (const times of all) times.querySelector(".track").style.width = `${(100 * times.dataset.total) / longest}%`;
 }

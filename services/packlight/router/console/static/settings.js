@@ -17,9 +17,9 @@ export class Setting {
       ["ratio", "a share"],
       ["budget", "tokens"],
     ]);
-    this.ratio = el("input", { id: `ratio-${name}`, type: "range", min: 0.02, max: 1, step: 0.01, value: 0.25, "aria-label": "Share kept" });
+    this.ratio = input("range", { id: `ratio-${name}`, min: 0.02, max: 1, step: 0.01, value: 0.25 }, "Share kept");
     this.shown = el("output");
-    this.budget = el("input", { type: "number", min: 1, step: 1, value: 512, "aria-label": "Tokens kept per KV head" });
+    this.budget = input("number", { min: 1, step: 1, value: 512 }, "Tokens kept per KV head");
     this.codec = select([[OWN, "recipe’s own"], ...state.codecs]);
     this.about = el("p.about");
     this.element = this.#build();
@@ -95,6 +95,10 @@ export class Setting {
     });
     return `Chooses by the prompt’s length: ${rows.join(", ")}.`;
   }
+}
+
+function input(type, attributes, label) {
+  return el("input", { type, ...attributes, "aria-label": label });
 }
 
 /** Of values, or of [value, label] pairs. */

@@ -1,0 +1,143 @@
+"""The KV of all ranks, as the first process sees it: one pool with all heads, most of which lie elsewhere.
+
+Exact KV is asked for from within a step, layer by layer, where the followers wait to be asked. Packed KV is handed over
+before a step: layers arrive at any time, and are kept here until then.
+
+Legend: K KV heads, H query heads, S tokens, X tokens or pages, P page size, D head dim, W window rows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packlight.compress.window import StoredWindow, WindowAttention
+from packlight.core.errors import InternalError
+from packlight.engine.parallel.crew import Crew
+from packlight.engine.parallel.messages import Kind, Message
+from packlight.engine.parallel.tables import head_slices
+from packlight.kv.pages import PageIds
+from packlight.kv.pool import KVPool, PackedPool, Tokens
+
+
+class GatheredPool:
+    """An `ExactPool` of all heads. Only to be read in the layer hook of a step: what is read travels."""
+
+    def __init__(self, crew: Crew, own: KVPool) -> None:
+        self._crew, self._own = crew, own
+        self.num_blocks, self.page_size = own.num_blocks, own.page_size
+        self.num_layers, self.num_kv_heads = own.num_layers, own.num_kv_heads * crew.num_ranks
+        self.head_dim, self.dtype, self.device = own.head_dim, own.dtype, own.device
+
+    def read_keys(self, layer: int, blocks: Tensor, num_tokens: int) -> Tensor:
+        numbers = {"layer": layer, "num_tokens": num_tokens}
+        self._crew.followers.tell_all(Message(Kind.KEYS, numbers, [blocks.cpu().numpy()]))
+        parts = [self._own.read_keys(layer, blocks, num_tokens)]
+        for rank in self._crew.followers.ranks:
+            parts.append(self._crew.group.receive(parts[0].shape, self.dtype, rank))
+        return torch.cat(parts)
+
+    def tokens(self, layer: int, blocks: Tensor, indices: Sequence[Tensor]) -> Tokens:
+        """Those of other ranks are packed there: no more than what was selected travels."""
+        heads = head_slices(self.num_kv_heads, self._crew.num_ranks)
+        for rank in self._crew.followers.ranks:
+            numbers = {"layer": layer}
+            numbers |= {f"tokens_{head}": len(index_X) for head, index_X in enumerate(indices[heads[rank]])}
+            self._crew.followers.tell(rank, Message(Kind.TOKENS, numbers, [blocks.cpu().numpy()]))
+            self._crew.group.send(torch.cat(list(indices[heads[rank]])), rank)
+        parts = [packed_tokens(self._own, layer, blocks, indices[heads[0]])]
+        for rank in self._crew.followers.ranks:
+            num_tokens = sum(len(index_X) for index_X in indices[heads[rank]])
+            parts.append(self._crew.group.receive((2, num_tokens, self.head_dim), self.dtype, rank))
+        k_XD, v_XD = torch.cat(parts, dim=1)
+        places = torch.split(torch.arange(len(k_XD), device=self.device), [len(index_X) for index_X in indices])
+        return Tokens(k_XD, v_XD, tuple(places))
+
+
+class GatheredWindow:
+    """The window's attention of all heads: every rank works out its own, and no key travels."""
+
+    def __init__(self, crew: Crew, own: StoredWindow) -> None:
+        self._crew, self._own = crew, own
+
+    def attend(self, layer: int, q_WHD: Tensor, blocks: Tensor, num_tokens: int, scale: float) -> WindowAttention:
+        q_WhD = q_WHD.chunk(self._crew.num_ranks, dim=1)
+        numbers = {"layer": layer, "num_tokens": num_tokens, "num_rows": len(q_WHD)}
+        message = Message(Kind.WINDOW, numbers, [blocks.cpu().numpy()])
+        for rank in self._crew.followers.ranks:
+            self._crew.followers.tell(rank, message)
+            self._crew.group.send(q_WhD[rank], rank)
+        parts = [self._own.attend(layer, q_WhD[0], blocks, num_tokens, scale)]
+        for rank in self._crew.followers.ranks:
+            shapes = (parts[0].mass_KS.shape, parts[0].lse_WH.shape)
+            mass_KS, lse_WH = (self._crew.group.receive(shape, torch.float32, rank) for shape in shapes)
+            parts.append(WindowAttention(mass_KS, lse_WH))
+        return WindowAttention(torch.cat([part.mass_KS for part in parts]), torch.cat([p.lse_WH for p in parts], dim=1))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Arrived:
+    rank: int
+    pages_X: Tensor
+    k_XPD: Tensor
+    v_XPD: Tensor
+
+
+class ScatteredPool:
+    """A `PackedPool` of all heads, with a share of the pages on each rank. Pages are written from any thread; steps are
+    computed on the ranks' own pools."""
+
+    def __init__(self, crew: Crew, own: PackedPool) -> None:
+        self._crew, self._own = crew, own
+        self.num_shards, self.page_size = crew.num_ranks, own.page_size
+        self.num_layers, self.num_kv_heads = own.num_layers, own.num_kv_heads * crew.num_ranks
+        self.head_dim, self.dtype, self.device = own.head_dim, own.dtype, own.device
+        self._arrived: deque[_Arrived] = deque()
+
+    @property
+    def num_head_pages(self) -> int:
+        return self._own.num_head_pages * self.num_shards
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._own.memory_bytes * self.num_shards
+
+    def write_pages(self, pages_X: Tensor, k_XPD: Tensor, v_XPD: Tensor, num_tokens_X: Tensor | None = None) -> None:
+        """Each to its rank, at `hand_over` if that is another."""
+        size = self._own.num_head_pages
+        for rank in range(self.num_shards):
+            is_there_X = pages_X // size == rank
+            part = _Arrived(rank, pages_X[is_there_X] - rank * size, k_XPD[is_there_X], v_XPD[is_there_X])
+            if rank == 0:
+                num_tokens = None if num_tokens_X is None else num_tokens_X[is_there_X]
+                self._own.write_pages(part.pages_X, part.k_XPD, part.v_XPD, num_tokens)
+            elif len(part.pages_X):
+                self._arrived.append(part)
+
+    def hand_over(self, runner: int) -> None:
+        """Between two steps: what was written goes to its ranks, in the order in which it came."""
+        while self._arrived:
+            part = self._arrived.popleft()
+            self._crew.followers.tell(part.rank, Message(Kind.STORE, {"runner": runner}, [part.pages_X.cpu().numpy()]))
+            self._crew.group.send(part.k_XPD, part.rank)
+            self._crew.group.send(part.v_XPD, part.rank)
+
+    def append(self, slots_X: Tensor, k_XD: Tensor, v_XD: Tensor) -> None:
+        raise InternalError("a token is stored by the rank that has its head")
+
+    def gather(self, pages_X: Tensor, k_XPD: Tensor, v_XPD: Tensor) -> None:
+        raise InternalError("pages are read by the rank that has their heads")
+
+    def release(self, pages: PageIds) -> None:
+        """Nothing to do: see `KVPool.release`."""
+
+
+def packed_tokens(pool: KVPool, layer: int, blocks: Tensor, indices: Sequence[Tensor]) -> Tensor:
+    """K and V of some tokens of each head of `pool`, `[2, X, D]`, head by head."""
+    k_XD, v_XD, places = pool.tokens(layer, blocks, indices)
+    place_X = torch.cat(list(places))
+    return torch.stack([k_XD.index_select(0, place_X), v_XD.index_select(0, place_X)])

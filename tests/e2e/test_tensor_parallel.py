@@ -1,0 +1,253 @@
+"""Real processes: one model in two of them, over Gloo, says what it says in one.
+
+Tiny random models in float32. A model is opened once per family: this process is rank 0, one follower is rank 1.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+
+from packlight.core.config import build_config
+from packlight.core.errors import ConfigError, InternalError, InvalidRequest, WorkerLost
+from packlight.core.types import PackSpec, Role
+from packlight.decode.worker import DecodeWorker
+from packlight.engine.build import build_model
+from packlight.engine.compute import Compute
+from packlight.engine.engine import LocalEngine, ParallelEngine, open_engine
+from packlight.engine.parallel.crew import Crew
+from packlight.engine.runner import ChunkWork
+from packlight.models.opened import open_model
+from packlight.prefill.worker import PrefillWorker
+from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics
+from tests.e2e.helpers import client_of
+from tests.support.cluster import eventually, running_cluster
+from tests.support.fake_pair import answer, running, until
+from tests.support.real_pair import greedy
+from tests.support.tiny_models import VOCABULARY, eager_model, write_model_folder
+
+pytestmark = pytest.mark.e2e
+
+NUM_TOKENS = 20
+SNAPKV = PackSpec("snapkv", budget_tokens=48, window=8, kernel=7)
+FAMILIES = ("llama", "gemma3", "qwen3-moe")
+WAYS = ((2, 1), (1, 2), (2, 2))
+
+
+def settings_for(folder, *more):
+    return build_config(
+        {},
+        [
+            f"model.path={folder}",
+            "model.dtype=float32",
+            *(f"{role}.attention=sdpa" for role in Role),
+            *(f"{role}.kv_memory_bytes=8388608" for role in Role),
+            "prefill.chunk_tokens=64",
+            *more,
+        ],
+    )
+
+
+def prompt_of(num_tokens, seed=0):
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (num_tokens,), generator=drawn).tolist()
+
+
+class Sides:
+    """One model: as plain transformers, in this process, and in two."""
+
+    def __init__(self, folder, family):
+        self.plain = eager_model(family)
+        write_model_folder(folder, self.plain)
+        self.config = settings_for(folder)
+        opened = open_model(self.config.model, on_progress=print)
+        self.spec = opened.spec
+        model = build_model(opened, self.config.model, Role.PREFILL, on_progress=print)
+        self.engines = {1: LocalEngine(model, self.config), 2: ParallelEngine(Crew(opened, self.config, 2, 1, print))}
+
+    def says(self, ids):
+        """What transformers generates."""
+        with torch.inference_mode():
+            out = self.plain.generate(
+                torch.tensor([ids]), max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, do_sample=False
+            )
+        return out[0, len(ids) :].tolist()
+
+    @contextlib.asynccontextmanager
+    async def pair(self, num_prefill, num_decode):
+        """A prefill worker of so many ranks, and a decode worker."""
+        compute = Compute()
+        prefill = PrefillWorker(
+            self.config.prefill,
+            self.engines[num_prefill].prefill_runner(self.config.prefill),
+            compute,
+            metrics=PrefillMetrics(CollectorRegistry()),
+        )
+        decode = DecodeWorker(
+            self.config.decode,
+            self.engines[num_decode].decode_runner(self.config.decode),
+            compute,
+            lambda worker_id, address: prefill,
+            metrics=DecodeMetrics(CollectorRegistry()),
+        )
+        try:
+            async with running(prefill.run(), decode.run()):
+                yield decode
+                await until(lambda: prefill.num_unfinished == 0 and decode.num_unfinished == 0)
+            prefill.check()
+            decode.check()
+            assert decode.load().num_free_pages == decode.load().num_total_pages
+        finally:
+            compute.close()
+
+    async def answers(self, ways, prompts, pack):
+        """All at once, then the first again, whose prefix is cached by then."""
+        async with self.pair(*ways) as decode:
+            requests = [request_for(ids, pack, f"r{number}") for number, ids in enumerate(prompts)]
+            found = await asyncio.gather(*(answer(decode, request) for request in requests))
+            assert await answer(decode, replace(requests[0], request_id="again")) == found[0]
+        return found
+
+
+def request_for(ids, pack=None, name="r"):
+    # transformers' min_new_tokens bans the ends, so ours does too.
+    stop = {"eos_token_ids": (2,), "ignore_eos": False, "min_tokens": NUM_TOKENS}
+    return greedy(ids, NUM_TOKENS, pack=pack, request_id=name, stop=stop)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def sides(request, tmp_path_factory):
+    found = Sides(tmp_path_factory.mktemp("model") / request.param, request.param)
+    yield found
+    found.engines[2].close()
+
+
+PROMPTS = [prompt_of(length, seed=length) for length in (150, 7, 16, 90)]
+
+
+@pytest.mark.parametrize("ways", WAYS)
+async def test_two_ranks_say_what_transformers_says(sides, ways):
+    assert await sides.answers(ways, PROMPTS, None) == [sides.says(ids) for ids in PROMPTS]
+
+
+@pytest.mark.parametrize("ways", WAYS)
+async def test_selected_kv_is_the_same_from_two_ranks_and_to_two(sides, ways):
+    assert await sides.answers(ways, PROMPTS, SNAPKV) == await sides.answers((1, 1), PROMPTS, SNAPKV)
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        PackSpec("adakv", budget_tokens=48, window=8, kernel=7),  # heads of two ranks compete
+        PackSpec("cake", budget_tokens=48, window=8, kernel=7),  # keys are looked at, and layers wait for each other
+        PackSpec("h2o", budget_tokens=48, window=8),  # every query is
+        replace(SNAPKV, mass_floor=0.9, codec="int8"),
+    ],
+    ids=lambda pack: pack.recipe,
+)
+async def test_methods_that_look_across_heads(sides, pack):
+    expected = await sides.answers((1, 1), PROMPTS, pack)
+    for ways in WAYS:
+        assert await sides.answers(ways, PROMPTS, pack) == expected
+
+
+async def test_what_a_divided_pool_cannot_do_is_refused(sides):
+    quest = PackSpec("quest", budget_tokens=32)
+    async with sides.pair(2, 1) as decode:
+        assert len(await answer(decode, request_for(PROMPTS[0], quest))) == NUM_TOKENS
+    async with sides.pair(1, 2) as decode:
+        with pytest.raises(InvalidRequest, match=r"'quest' reads pages .* decode.tensor_parallel=2"):
+            await answer(decode, request_for(PROMPTS[0], quest))
+
+
+async def test_the_fleet_need_not_know(sides):
+    """Wire identity and capacity in tokens are those of one process."""
+    alone, divided = (engine.prefill_runner(sides.config.prefill) for engine in sides.engines.values())
+    assert divided.model.spec == alone.model.spec == sides.spec
+    assert divided.pool.num_blocks == alone.pool.num_blocks
+    assert divided.pool.num_kv_heads == alone.pool.num_kv_heads
+
+
+def test_a_hook_that_raises_fails_its_step_and_no_other(sides):
+    runner = sides.engines[2].prefill_runner(sides.config.prefill)
+    work = ChunkWork(PROMPTS[2], 0, torch.arange(1).numpy(), wants_logits=True)
+    expected = runner.prefill([work])
+    layers = []
+
+    def break_in_the_second(layer, q_THD, scale):
+        layers.append(layer)
+        if layer == 1:
+            raise InternalError("no token can be preferred")
+
+    with pytest.raises(InternalError, match="preferred"):
+        runner.prefill([work], break_in_the_second)
+    assert layers == [0, 1]
+    assert torch.equal(runner.prefill([work]), expected)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_model_folder(tmp_path / "llama", eager_model("llama")).path
+
+
+async def test_without_a_rank_there_is_no_worker(folder):
+    config = settings_for(folder, "prefill.tensor_parallel=2")
+    engine = open_engine(open_model(config.model, on_progress=print), config, Role.PREFILL, on_progress=print)
+    try:
+        runner = engine.prefill_runner(config.prefill)
+        work = ChunkWork(PROMPTS[2], 0, torch.arange(1).numpy(), wants_logits=True)
+        runner.prefill([work])
+        os.kill(engine._crew.followers.pids[0], signal.SIGKILL)
+        async with asyncio.timeout(10):
+            with pytest.raises(InternalError, match="rank 1 of this worker is gone"):
+                await engine.watch()
+        with pytest.raises((WorkerLost, RuntimeError)):  # from the pipe, or from within a sum
+            runner.prefill([work])
+        with pytest.raises(WorkerLost, match="a rank of this worker failed"):
+            runner.prefill([work])
+    finally:
+        engine.close()
+
+
+def test_heads_that_do_not_divide_are_told(folder):
+    config = settings_for(folder, "decode.tensor_parallel=3")
+    with pytest.raises(ConfigError, match=r"decode.tensor_parallel=3: llama has 2 KV heads"):
+        open_engine(open_model(config.model, on_progress=print), config, Role.DECODE, on_progress=print)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid):
+    return Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for child processes in /proc")
+def test_a_decode_process_of_two_ranks_serves_and_ends_with_its_follower(folder):
+    flags = [
+        f"--set={setting}"
+        for setting in (
+            f"model.path={folder}",
+            "model.dtype=float32",
+            "decode.attention=sdpa",
+            "decode.tensor_parallel=2",
+            "decode.kv_memory_bytes=8388608",
+            "decode.local_prefill.kv_memory_bytes=4194304",
+        )
+    ]
+    with running_cluster("--prefill", "0", "--decode", "1", *flags) as cluster:
+        with client_of(cluster.url) as client:
+            request = {"model": "llama", "prompt": "in the morning", "max_tokens": 12, "temperature": 0}
+            said = client.completions.create(**request, extra_body={"kv": {"recipe": "none"}, "ignore_eos": True})
+        assert said.usage.completion_tokens == 12
+        (follower,) = children(cluster.pid("decode-0"))
+        os.kill(follower, signal.SIGKILL)
+        cluster.process.wait_for(r"decode-0 ended unasked, with exit code [1-9]", timeout_s=30)
+        eventually(lambda: not is_alive(follower))
