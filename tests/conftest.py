@@ -6,12 +6,17 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see packlight.cli
 
+import hypothesis
 import pytest
 
 from packlight.core.config import DType, ModelConfig
 from packlight.core.types import Role
 from packlight.engine.build import build_model
 from packlight.models.opened import OpenedModel, open_model
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("packlight", deadline=None)
+hypothesis.settings.load_profile("packlight")
 
 pytest_plugins = ["tests.support.redis_servers", "tests.support.tiny_models"]
 

@@ -5,29 +5,24 @@ Tiny random models in float32. A model is opened once per family: this process i
 
 import asyncio
 import contextlib
-import os
-import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
 from packlight.core.config import build_config
-from packlight.core.errors import ConfigError, InternalError, InvalidRequest, WorkerLost
+from packlight.core.errors import InternalError, InvalidRequest
 from packlight.core.types import PackSpec, Role
 from packlight.decode.worker import DecodeWorker
 from packlight.engine.build import build_model
 from packlight.engine.compute import Compute
-from packlight.engine.engine import LocalEngine, ParallelEngine, open_engine
+from packlight.engine.engine import LocalEngine, ParallelEngine
 from packlight.engine.parallel.crew import Crew
 from packlight.engine.runner import ChunkWork
 from packlight.models.opened import open_model
 from packlight.prefill.worker import PrefillWorker
 from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics
-from tests.e2e.helpers import client_of
-from tests.support.cluster import eventually, running_cluster
 from tests.support.fake_pair import answer, running, until
 from tests.support.real_pair import greedy
 from tests.support.tiny_models import VOCABULARY, eager_model, write_model_folder
@@ -128,6 +123,7 @@ def sides(request, tmp_path_factory):
     found.engines[2].close()
 
 
+one_family = pytest.mark.parametrize("sides", FAMILIES[:1], indirect=True)
 PROMPTS = [prompt_of(length, seed=length) for length in (150, 7, 16, 90)]
 
 
@@ -141,6 +137,7 @@ async def test_selected_kv_is_the_same_from_two_ranks_and_to_two(sides, ways):
     assert await sides.answers(ways, PROMPTS, SNAPKV) == await sides.answers((1, 1), PROMPTS, SNAPKV)
 
 
+@one_family
 @pytest.mark.parametrize(
     "pack",
     [
@@ -157,6 +154,7 @@ async def test_methods_that_look_across_heads(sides, pack):
         assert await sides.answers(ways, PROMPTS, pack) == expected
 
 
+@one_family
 async def test_what_a_divided_pool_cannot_do_is_refused(sides):
     quest = PackSpec("quest", budget_tokens=32)
     async with sides.pair(2, 1) as decode:
@@ -166,6 +164,7 @@ async def test_what_a_divided_pool_cannot_do_is_refused(sides):
             await answer(decode, request_for(PROMPTS[0], quest))
 
 
+@one_family
 async def test_the_fleet_need_not_know(sides):
     """Wire identity and capacity in tokens are those of one process."""
     alone, divided = (engine.prefill_runner(sides.config.prefill) for engine in sides.engines.values())
@@ -174,6 +173,7 @@ async def test_the_fleet_need_not_know(sides):
     assert divided.pool.num_kv_heads == alone.pool.num_kv_heads
 
 
+@one_family
 def test_a_hook_that_raises_fails_its_step_and_no_other(sides):
     runner = sides.engines[2].prefill_runner(sides.config.prefill)
     work = ChunkWork(PROMPTS[2], 0, torch.arange(1).numpy(), wants_logits=True)
@@ -189,65 +189,3 @@ def test_a_hook_that_raises_fails_its_step_and_no_other(sides):
         runner.prefill([work], break_in_the_second)
     assert layers == [0, 1]
     assert torch.equal(runner.prefill([work]), expected)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return write_model_folder(tmp_path / "llama", eager_model("llama")).path
-
-
-async def test_without_a_rank_there_is_no_worker(folder):
-    config = settings_for(folder, "prefill.tensor_parallel=2")
-    engine = open_engine(open_model(config.model, on_progress=print), config, Role.PREFILL, on_progress=print)
-    try:
-        runner = engine.prefill_runner(config.prefill)
-        work = ChunkWork(PROMPTS[2], 0, torch.arange(1).numpy(), wants_logits=True)
-        runner.prefill([work])
-        os.kill(engine._crew.followers.pids[0], signal.SIGKILL)
-        async with asyncio.timeout(10):
-            with pytest.raises(InternalError, match="rank 1 of this worker is gone"):
-                await engine.watch()
-        with pytest.raises((WorkerLost, RuntimeError)):  # from the pipe, or from within a sum
-            runner.prefill([work])
-        with pytest.raises(WorkerLost, match="a rank of this worker failed"):
-            runner.prefill([work])
-    finally:
-        engine.close()
-
-
-def test_heads_that_do_not_divide_are_told(folder):
-    config = settings_for(folder, "decode.tensor_parallel=3")
-    with pytest.raises(ConfigError, match=r"decode.tensor_parallel=3: llama has 2 KV heads"):
-        open_engine(open_model(config.model, on_progress=print), config, Role.DECODE, on_progress=print)
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_alive(pid):
-    return Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for child processes in /proc")
-def test_a_decode_process_of_two_ranks_serves_and_ends_with_its_follower(folder):
-    flags = [
-        f"--set={setting}"
-        for setting in (
-            f"model.path={folder}",
-            "model.dtype=float32",
-            "decode.attention=sdpa",
-            "decode.tensor_parallel=2",
-            "decode.kv_memory_bytes=8388608",
-            "decode.local_prefill.kv_memory_bytes=4194304",
-        )
-    ]
-    with running_cluster("--prefill", "0", "--decode", "1", *flags) as cluster:
-        with client_of(cluster.url) as client:
-            request = {"model": "llama", "prompt": "in the morning", "max_tokens": 12, "temperature": 0}
-            said = client.completions.create(**request, extra_body={"kv": {"recipe": "none"}, "ignore_eos": True})
-        assert said.usage.completion_tokens == 12
-        (follower,) = children(cluster.pid("decode-0"))
-        os.kill(follower, signal.SIGKILL)
-        cluster.process.wait_for(r"decode-0 ended unasked, with exit code [1-9]", timeout_s=30)
-        eventually(lambda: not is_alive(follower))

@@ -100,9 +100,11 @@ class World:
             self.runner = GraphedRunner(model, self.pool, backend, CudaGraphs(self.pool.device), sizes=sizes)
             self.runner.on_mode = self.modes.append
 
-    def add(self, length):
+    def add(self, length, growth=0):
+        """`growth` more tokens in each layer than in the one before."""
         row, spec = self.table.open(), self.runner.model.spec
         for layer in range(spec.num_layers):
+            length += growth
             pages = torch.from_numpy(self.table.fill_layer(row, layer, [length] * spec.num_kv_heads)).long().cuda()
             k, v = torch.randn(2, len(pages), PAGE, spec.head_dim, generator=self.generator).bfloat16().cuda()
             fill = [min(PAGE, length - start) for start in range(0, length, PAGE)] * spec.num_kv_heads
@@ -115,6 +117,19 @@ class World:
         logits = self.runner.decode(self.table, rows, tokens, positions, reads=reads, summaries=self.summaries).cpu()
         self.table.advance(rows)
         return logits
+
+
+def test_layers_of_different_lengths_are_replayed_too(folder, flashinfer):
+    model = load(folder, DType.BFLOAT16, "cuda")
+    graphed, eager = World(model, flashinfer, graphs=True), World(model, flashinfer, graphs=False)
+    graphed.runner.prepare(graphed.table, graphed.summaries, on_progress=print)
+    for world in (graphed, eager):
+        live = [world.add(length, growth) for length, growth in ((70, 5), (16, 0), (90, 31))]
+    for number in range(10):
+        tokens, positions = [11 + number + row for row in live], [210 + number] * len(live)
+        got, expected = (world.step(live, tokens, positions, ()) for world in (graphed, eager))
+        torch.testing.assert_close(got, expected, atol=0.1, rtol=0.05)
+    assert set(graphed.modes) == {Mode.REPLAYED}
 
 
 @pytest.mark.parametrize("reader", [None, QuestReader(), HSAReader(num_dims=64)], ids=["dense", "quest", "hsa"])

@@ -113,6 +113,10 @@ class _Decode(_Wrapper):
             self.indptr, self.indices = paged_kv_indptr_buffer, paged_kv_indices_buffer
             self.last_fill = paged_kv_last_page_len_buffer
 
+    def reset_workspace_buffer(self, float_workspace_buffer, int_workspace_buffer):
+        assert float_workspace_buffer.numel() >= WORKSPACE_BYTES
+        assert int_workspace_buffer.dtype == torch.uint8
+
     def plan(self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, **options):
         _check_lists(indptr, indices, last_page_len, page_size)
         if not self.use_tensor_cores and num_qo_heads // num_kv_heads not in CUDA_CORE_GROUPS:

@@ -250,7 +250,7 @@ def _decode_member(
 ) -> Member:
     worker_id, gate = f"decode-{number}", Gate()
     compute = Compute(worker_id, max_stall_s=config.max_stall_s)
-    beside = _beside(worker_id, config, gate, compute, index, local_tokens) if local_tokens else None
+    beside = _beside(worker_id, config, gate, compute, index, local_tokens, traces) if local_tokens else None
     local = Link(beside.worker, beside.worker_id) if beside else None
     reachable = prefills | ({local.worker_id: local} if local else {})
     worker = DecodeWorker(
@@ -266,7 +266,13 @@ def _decode_member(
 
 
 def _beside(
-    worker_id: WorkerId, config: DecodeConfig, gate: Gate, compute: Compute, index: PrefixIndex, num_tokens: int
+    worker_id: WorkerId,
+    config: DecodeConfig,
+    gate: Gate,
+    compute: Compute,
+    index: PrefixIndex,
+    num_tokens: int,
+    traces: Traces,
 ) -> PrefillBeside:
     spec = fake_spec()
     offered = LocalPrefillConfig(kv_memory_bytes=num_tokens * spec.kv_bytes_per_token(4))
@@ -275,7 +281,7 @@ def _beside(
         decode=config.model_copy(update={"local_prefill": offered, "attention": "reference"}),
     )
     engine = LocalEngine(FakeModel(spec, bias=PREFILL_BIAS, before_step=gate), whole)
-    return PrefillBeside(whole, (worker_id, 1), engine, compute, index, PrefillMetrics(CollectorRegistry()))
+    return PrefillBeside(whole, (worker_id, 1), engine, compute, index, PrefillMetrics(CollectorRegistry()), traces)
 
 
 def broken_answer(prompt: list[int], num_tokens: int, breaks: list[int]) -> list[int]:

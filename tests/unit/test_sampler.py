@@ -11,7 +11,9 @@ from packlight.core.errors import InternalError
 from packlight.core.hashing import counter_uniform
 from packlight.core.types import SamplingParams, Token
 from packlight.engine import sampler
+from packlight.engine.draws import draw_rows
 from packlight.engine.sampler import PenaltyState, SampleRow, sample, sample_on_device
+from tests.support.tape import TapeEngine
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -305,6 +307,11 @@ def test_a_large_vocabulary_at_once_with_rows_of_every_kind():
     assert isinstance(alone.pop(7), InternalError)
     assert together == alone
     assert sample_on_device(logits_RV[:0], []) == []
+
+
+def test_drawing_at_once_fetches_nothing_from_the_device():
+    params = [SamplingParams(top_p=0.9, top_k=50), SamplingParams(), GREEDY]
+    TapeEngine().capture(lambda: draw_rows(torch.randn(3, 500), params, [0.1, 0.5, 0.9]))
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0 - 2.0**-53])

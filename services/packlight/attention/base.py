@@ -100,12 +100,14 @@ class AttentionBackend(Protocol):
 @dataclass(frozen=True, slots=True)
 class FixedShape:
     """Decode steps that one fixed plan can be loaded with: exactly `num_rows` rows, no more than `num_pages` pages in
-    any head, in all layers that attend alike the same lengths. With a `reading` every row has one of the same rule that
-    reads no more pages and has as many dense layers."""
+    any head. With a `reading` every row has one of the same rule that reads no more pages and has as many dense layers.
+    If it `is_even`, layers that attend alike hold the same lengths; otherwise each layer is planned alone, which takes
+    the host that much longer."""
 
     num_rows: int
     num_pages: int
     reading: Reading | None = None
+    is_even: bool = True
 
 
 class FixedPlan(AttentionPlan, Protocol):

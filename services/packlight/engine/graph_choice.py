@@ -51,8 +51,10 @@ def choose_shape(
     if not fitting:
         return Mode.READERS
     if not is_even(lengths_BLK, windows, fitting[0].reading):
+        fitting = [shape for shape in fitting if not shape.is_even]
+    if not fitting:
         return Mode.UNEVEN
-    return min(fitting, key=lambda shape: (shape.num_rows, shape.num_pages, _num_read(shape)))
+    return min(fitting, key=lambda shape: (shape.num_rows, shape.num_pages, not shape.is_even, _num_read(shape)))
 
 
 def is_even(lengths_BLK: Int32s, windows: Sequence[int | None], reading: Reading | None) -> bool:

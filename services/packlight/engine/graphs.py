@@ -21,7 +21,8 @@ from torch import Tensor
 from packlight.attention.base import DecodeBatch, FixedBackend, FixedPlan, FixedShape, LayerHook
 from packlight.core.config import GraphsConfig
 from packlight.engine.graph_choice import Mode, choose_shape, pad_rows
-from packlight.engine.runner import DecodeRunner
+from packlight.engine.runner import DecodeRunner, computing
+from packlight.kv.pages import OutOfPages
 from packlight.kv.pool import PackedPool
 from packlight.kv.reading import Reading
 from packlight.kv.summaries import PageSummaries
@@ -118,7 +119,6 @@ class GraphedRunner(DecodeRunner):
         self._captured: dict[FixedShape, CapturedStep] = {}
         self.on_mode: Callable[[Mode], None] = lambda mode: None
 
-    @torch.inference_mode()
     def prepare(
         self,
         table: HeadPageTable,
@@ -131,16 +131,17 @@ class GraphedRunner(DecodeRunner):
         given back. A model that cannot be captured runs eagerly, which is logged."""
         started, before = time.perf_counter(), self._engine.used_bytes()
         longest = -(-self.model.spec.max_context // self.pool.page_size)
-        self._fixed_backend.reserve(table, self.pool, longest)
         shapes = self._shapes(table.num_free_rows, longest, readings)
-        for done, shape in enumerate(shapes):
-            on_progress(f"capturing decode steps: {done} of {len(shapes)}")
-            try:
-                self._capture(shape, table, summaries)
-            except RuntimeError as error:
-                log.warning("decode steps run without graphs, which is slower: %s", error)
-                self._captured.clear()
-                return
+        try:
+            with computing(self.pool.device):
+                self._fixed_backend.reserve(table, self.pool, longest)
+                for done, shape in enumerate(shapes):
+                    on_progress(f"capturing decode steps: {done} of {len(shapes)}")
+                    self._capture(shape, table, summaries)
+        except (RuntimeError, OutOfPages) as error:
+            log.warning("decode steps run without graphs, which is slower: %s", error)
+            self._captured.clear()
+            return
         used_mib, took_s = (self._engine.used_bytes() - before) / 2**20, time.perf_counter() - started
         on_progress(f"captured {len(shapes)} decode steps in {took_s:.1f} s, {used_mib:.0f} MiB")
 
@@ -166,15 +167,17 @@ class GraphedRunner(DecodeRunner):
         places = pad_rows(rows, num_pages_B, chosen.num_rows)
         batch = self._batch(table, [rows[place] for place in places], chosen, summaries, reads, places)
         tokens_B, positions_B = (self._ids([values[place] for place in places]) for values in (token_ids, positions))
-        with torch.inference_mode():
+        with computing(self.pool.device):
             return self._captured[chosen].run(batch, tokens_B, positions_B)[: len(rows)]
 
     def _shapes(self, max_rows: int, max_pages: int, readings: Sequence[Reading]) -> list[FixedShape]:
         """The largest first: the smaller ones then find the memory they need."""
         batch_sizes = {min(size, max_rows) for size in self._sizes.batch_sizes}
         num_pages = {min(-(-tokens // self.pool.page_size), max_pages) for tokens in self._sizes.tokens}
-        every = product(sorted(batch_sizes, reverse=True), sorted(num_pages, reverse=True), (None, *readings))
-        return [FixedShape(*shape) for shape in every]
+        # Recipes that read some pages keep as much in each layer; others may not.
+        ways = [(None, True), (None, False), *((reading, True) for reading in readings)]
+        every = product(sorted(batch_sizes, reverse=True), sorted(num_pages, reverse=True), ways)
+        return [FixedShape(size, pages, *way) for size, pages, way in every]
 
     def _choose(
         self,

@@ -8,7 +8,8 @@ Legend: T tokens of the step, R rows whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +40,13 @@ class ChunkWork:
     wants_logits: bool
 
 
+@contextmanager
+def computing(device: torch.device) -> Iterator[None]:
+    """Without gradients, and on `device`, which is chosen thread by thread."""
+    with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
+
+
 class DecodeRunner:
     """One model over one pool of packed KV. Runners may share a model: it keeps no state between calls."""
 
@@ -61,7 +69,7 @@ class DecodeRunner:
         `reads` has one entry per row; for it, `summaries` and `on_layer` see `DecodeBatch`."""
         batch = DecodeBatch(self.pool, table, tuple(rows), tuple(reads), summaries, on_layer)
         every_row_R = torch.arange(len(rows), device=self.pool.device)
-        with torch.inference_mode():
+        with computing(self.pool.device):
             return self.model.forward(self._ids(token_ids), self._ids(positions), self.backend.plan(batch), every_row_R)
 
     def _ids(self, values: Sequence[int] | PageIds) -> Tensor:
@@ -110,5 +118,5 @@ class Runner(DecodeRunner):
         tokens_T = self._ids([token for work in works for token in work.token_ids])
         device = self.pool.device
         positions_T = torch.cat([torch.arange(w.start, w.start + len(w.token_ids), device=device) for w in works])
-        with torch.inference_mode():
+        with computing(self.pool.device):
             return self.model.forward(tokens_T, positions_T, self.backend.plan(batch), self._ids(ends))

@@ -14,7 +14,6 @@ from typing import Any
 from packlight.compress.policy import Plan, Policy
 from packlight.core.config import Config
 from packlight.core.errors import InvalidRequest, ModelNotFound
-from packlight.core.tokens import TokenIds
 from packlight.core.trace import TraceContext
 from packlight.core.types import GenerateRequest, ModelSpec
 from packlight.router.dialect import Dialect
@@ -128,7 +127,7 @@ class JobReader:
                 explain=body.explain and sample == 0,
                 trace=trace,
             )
-            for prompt_index, (tokens, room, plan) in enumerate(zip(map(TokenIds, prompts), rooms, plans, strict=True))
+            for prompt_index, (tokens, room, plan) in enumerate(zip(map(tuple, prompts), rooms, plans, strict=True))
             for sample in range(body.n)
         )
 

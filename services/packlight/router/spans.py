@@ -132,7 +132,8 @@ def tell_route(span: Span, request: GenerateRequest, pair: Pair) -> None:
     if span.is_recording:
         span.set(
             {
-                **_pair(request, pair),
+                **_pair(pair),
+                "packlight.choice.id": request.request_id,
                 "packlight.reason": pair.reason.value,
                 "packlight.predicted_ttft_s": pair.ttft_s,
                 "gen_ai.usage.cache_read.input_tokens": pair.num_cached_tokens,
@@ -145,7 +146,9 @@ def tell_attempt(span: Span, request: GenerateRequest, pair: Pair) -> None:
         host, _, port = pair.decode.address.rpartition(":")
         span.set(
             {
-                **_pair(request, pair),
+                **_pair(pair),
+                "packlight.attempt.id": request.request_id,
+                "packlight.recipe": request.pack.recipe,
                 "server.address": host or pair.decode.address,
                 "server.port": int(port) if host and port.isdecimal() else None,
             }
@@ -161,11 +164,9 @@ def end_attempt(span: Span, event: GenerateEvent) -> None:
         span.end(span_error(event.error))
 
 
-def _pair(request: GenerateRequest, pair: Pair) -> Attributes:
+def _pair(pair: Pair) -> Attributes:
     return {
-        "packlight.attempt.id": request.request_id,
         "packlight.placement": pair.where,
         "packlight.prefill.id": pair.prefill.worker_id,
         "packlight.decode.id": pair.decode.worker_id,
-        "packlight.recipe": request.pack.recipe,
     }

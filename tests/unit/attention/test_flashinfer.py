@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from packlight.attention.base import DecodeBatch
 from packlight.attention.flashinfer.backend import FlashInferAttention
 from packlight.attention.flashinfer.bounds import gathered_products
 from packlight.attention.flashinfer.choice import choose_pages
@@ -16,6 +17,7 @@ from packlight.attention.registry import AUTO, FLASHINFER
 from packlight.attention.sdpa import SdpaAttention
 from packlight.compress.codecs.fp8 import FP8Codec
 from packlight.compress.codecs.kivi import Int4Codec, Int8Codec
+from packlight.compress.readers.hsa import HSAReader
 from packlight.compress.readers.quest import QuestReader
 from packlight.core.errors import ConfigError
 from packlight.engine.build import build_attention
@@ -23,7 +25,8 @@ from packlight.kv.pages import PageBook
 from packlight.kv.reading import Reading
 from packlight.kv.table import HeadPageTable
 from tests.support.fake_flashinfer import TOY_LIMITS, fake_flashinfer, fake_kernels
-from tests.support.paged_rows import PagedRows, chosen_pages, model_spec
+from tests.support.paged_rows import SCALE, PagedRows, chosen_pages, model_spec
+from tests.support.tape import TapeEngine
 
 PAGE = 4
 
@@ -32,6 +35,10 @@ def counted():
     """A backend, and the module that counts its plans and runs."""
     module = fake_flashinfer(TOY_LIMITS)
     return FlashInferAttention("cpu", FlashInferKernels(torch.device("cpu"), module, TOY_LIMITS)), module
+
+
+def make_rows():
+    return PagedRows([[[30, 17]] * 3, [[5, 9]] * 3, [[22, 40]] * 3], num_heads=4)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +89,25 @@ def test_pages_in_fewer_bits_are_read_as_by_other_backends(codec):
             for paged, backend in zip((ours, theirs), backends, strict=True)
         )
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_eager_step_fetches_nothing_from_the_device():
+    """Mixed rows, sparse and dense layers, a window; a page is begun in some of the steps."""
+    paged, quest, hsa = make_rows(), QuestReader(), HSAReader(num_dims=5)
+    backend, reads = FlashInferAttention("cpu", fake_kernels()), (Reading(quest, 3), None, Reading(hsa, 4, 1))
+    for _ in range(PAGE):
+        tokens = paged.new_tokens(paged.rows)
+        paged.table.grow(paged.rows)
+        batch = DecodeBatch(paged.pool, paged.table, tuple(paged.rows), reads, paged.summaries)
+
+        def step(batch=batch, tokens=tokens):
+            plan = backend.plan(batch)
+            for layer, window in enumerate((None, None, 6)):
+                out = plan.attend(layer, *(x[layer] for x in tokens), scale=SCALE, sliding_window=window)
+            return out
+
+        TapeEngine().capture(step)
+        paged.table.advance(paged.rows)
 
 
 def test_what_no_kernel_computes_is_refused_with_what_does():

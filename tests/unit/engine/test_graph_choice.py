@@ -53,6 +53,14 @@ def test_the_smallest_that_fits():
     assert choose(lengths(*[400] * 8)) == FixedShape(8, 100)
 
 
+def test_uneven_layers_need_a_shape_for_them_and_even_ones_do_not_take_it():
+    uneven, both = lengths(40), [*SHAPES, FixedShape(8, 100, None, is_even=False)]
+    uneven[0, 1, 1] += 1
+    assert choose_shape(both, uneven, PAGE, (), [None] * 3) == both[-1]
+    assert choose_shape(both, lengths(*[400] * 8), PAGE, (), [None] * 3) == FixedShape(8, 100)
+    assert choose_shape(both, uneven, PAGE, [SPARSE], [None] * 3) is Mode.UNEVEN
+
+
 def test_what_fits_nowhere_says_why():
     assert choose(lengths(*[7] * 9)) is Mode.BATCH
     assert choose(lengths(401)) is Mode.PAGES

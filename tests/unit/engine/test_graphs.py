@@ -84,7 +84,7 @@ def pair(model, reading):
         worlds[0].table, worlds[0].summaries, [reading] if reading else [], on_progress=progress.append
     )
     assert worlds[0].book.num_held == 0
-    assert progress[-1].startswith(f"captured {8 if reading else 4} decode steps")
+    assert progress[-1].startswith(f"captured {12 if reading else 8} decode steps")
     return worlds
 
 
@@ -117,13 +117,26 @@ def test_replayed_steps_are_the_eager_ones(model, reading):
     assert torch.equal(graphed.pool.k_slots.isfinite(), eager.pool.k_slots.isfinite())
 
 
+def test_layers_of_different_lengths_are_replayed_too(model):
+    """As mass floors and layer budgets leave them; even and uneven rows in turn, and in one batch."""
+    graphed, eager = pair(model, None)
+    lengths = [[5, 14, 6], [8, 8, 8], [16, 1, 21]]
+    for world in (graphed, eager):
+        rows = [world.add(each) for each in lengths]
+    for number, live in enumerate([rows, rows[1:2], rows[:1], rows[::-1], rows[1:2], rows]):
+        tokens, positions = [number + row for row in live], [50 + number] * len(live)
+        got, expected = (world.step(live, tokens, positions) for world in (graphed, eager))
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+    assert set(graphed.modes) == {Mode.REPLAYED}
+
+
 def test_what_does_not_fit_runs_eagerly_and_says_why(model):
     graphed, eager = pair(model, None)
     layers = model.spec.num_layers
+    sparse = Reading(QuestReader(), 5)
     cases = {
         Mode.BATCH: [[5] * layers] * 5,
         Mode.PAGES: [[49] * layers],
-        Mode.UNEVEN: [[5, 9, 6]],
     }
     for mode, lengths in cases.items():
         rows = [[world.add(each) for each in lengths] for world in (graphed, eager)]
@@ -137,6 +150,8 @@ def test_what_does_not_fit_runs_eagerly_and_says_why(model):
             for row in mine:
                 world.table.close(row)
     row = graphed.add([5] * layers)
+    graphed.step([row], [3], [60], reads=(sparse,))
+    assert graphed.modes[-1] is Mode.READERS
     seen = []
     graphed.step([row], [3], [60], on_layer=lambda layer, q, scale: seen.append(layer))
     assert (graphed.modes[-1], seen) == (Mode.WATCHED, list(range(layers)))

@@ -27,7 +27,7 @@ from tests.support.tape import TapeEngine
 from tests.support.tiny_models import eager_model, write_model_folder
 
 PAGE = 4
-GRAPHS = GraphsConfig(batch_sizes=[1, 4], tokens=[40, 128], recipes=["rocketkv", "none"], read_tokens=32)
+GRAPHS = GraphsConfig(batch_sizes=[1, 4], tokens=[128], recipes=["rocketkv", "none"], read_tokens=32)
 PROMPT = [(11 * index) % 280 + 3 for index in range(100)]
 PACKS = {
     "r1": PackSpec(),
@@ -83,8 +83,7 @@ async def answers(model, pool_class, packs, *, graphs):
     return tokens, modes
 
 
-@pytest.mark.parametrize("name", PACKS)
-@pytest.mark.parametrize("pool_class", [KVPool, FP8Pool])
+@pytest.mark.parametrize(("name", "pool_class"), [*((name, KVPool) for name in PACKS), ("r3", FP8Pool)])
 async def test_the_same_answer_as_without_graphs(model, pool_class, name):
     pack = {name: PACKS[name]}
     (graphed, modes), (plain, _) = [await answers(model, pool_class, pack, graphs=graphs) for graphs in (True, False)]

@@ -129,6 +129,8 @@ def test_what_the_parts_say(answered):
     assert (route["packlight.prefill.id"], route["packlight.decode.id"]) == ("prefill-0", "decode-0")
     assert (route["packlight.placement"], route["packlight.reason"]) == ("remote", "only_way")
     assert attempt["server.address"] == "127.0.0.1"
+    assert attempt["packlight.recipe"] == "snapkv"
+    assert attempt["packlight.attempt.id"] == f"{route['packlight.choice.id']}.0"
     assert traces.one("decode").attributes["packlight.decode.steps"] == 7
     assert [event.name for event in traces.one("decode").events] == ["first step"]
     prefill = traces.one("prefill").attributes
@@ -310,6 +312,30 @@ async def test_a_retry_is_a_second_attempt():
     assert by_attempt[second.context.span_id]["packlight.outcome"] == "completed"
     assert by_attempt[second.context.span_id]["packlight.resumed_tokens"] == 5
     assert len(traces.all("route")) == 2
+
+
+async def test_a_prompt_prefilled_beside_the_answer_is_told_by_the_worker_that_did():
+    traces = Recorded()
+    async with fleet_of_fakes(num_prefill=0, num_decode=1, local_tokens=64, traces=traces) as fleet:
+        await events_of(fleet.pipeline.generate(make_request([3, 1, 4, 1, 5], 3)))
+        await until(lambda: traces.all("generate") != [])
+    assert part_of(traces.one("prefill")) == ("packlight-prefill", "decode-0/prefill")
+    assert traces.one("prefill").parent.span_id == traces.one("generate").context.span_id
+    assert traces.one("route").attributes["packlight.placement"] == "local"
+
+
+async def test_choices_have_attempts_of_their_own():
+    traces = Recorded()
+    async with wired(traces) as server:
+        response = await ask(server, n=2, stream=True)
+        assert response.status_code == 200
+        await until(lambda: len(traces.all("generate")) == 2)
+    told = traces.one(ROOT).attributes
+    assert (told["gen_ai.request.choice.count"], told["gen_ai.request.stream"]) == (2, True)
+    assert told["gen_ai.response.finish_reasons"] == ("length", "length")
+    assert told["gen_ai.usage.output_tokens"] == 16
+    assert {span.parent.span_id for span in traces.all("attempt")} == {traces.one(ROOT).context.span_id}
+    assert len({span.attributes["packlight.choice.id"] for span in traces.all("route")}) == 2
 
 
 async def test_a_worker_without_traces_passes_them_on():

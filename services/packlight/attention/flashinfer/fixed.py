@@ -22,11 +22,13 @@ from packlight.attention.flashinfer.store import TokenStore
 
 
 class LayerKind(NamedTuple):
-    """Layers that attend alike, and so have the same lengths in every step that is loaded."""
+    """Layers that attend alike, and so have the same lengths in every step that is loaded; or, where that was not
+    promised, the one `layer`."""
 
     sliding_window: int | None
     scale: float
     is_sparse: bool
+    layer: int | None
 
 
 class _Planned(NamedTuple):
@@ -65,7 +67,7 @@ class FixedDecode:
         self._store.store(layer, k_TKD, v_TKD, sliding_window)
         reading = self._shape.reading
         is_sparse = reading is not None and layer >= reading.num_dense_layers and sliding_window is None
-        kind = LayerKind(sliding_window, scale, is_sparse)
+        kind = LayerKind(sliding_window, scale, is_sparse, None if self._shape.is_even else layer)
         if kind not in self._sites:
             shape = kernel_shape(self._batch, q_THD, scale, sliding_window)
             self._sites[kind] = _Planned(self._make_site(kind), layer, shape)

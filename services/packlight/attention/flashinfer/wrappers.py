@@ -28,6 +28,8 @@ LIMITS = Limits(
 # Query heads per KV head for which there is a kernel on the CUDA cores. Others run on the tensor cores.
 CUDA_CORE_GROUPS = frozenset({1, 2, 3, 4, 6, 8, 16})
 WORKSPACE_BYTES = 128 << 20
+# A schedule takes some 30 bytes per request and multiprocessor slot; FlashInfer's own 8 MiB add up over captured steps.
+SCHEDULE_BYTES = 256 << 10
 _LAYOUT = "HND"
 
 
@@ -134,7 +136,7 @@ class _FixedDecode:
         return _run_decode(self._wrapper, q_NGD, k_XPD, v_XPD)
 
     def _make(self, group: int) -> Any:
-        return self._library.BatchDecodeWithPagedKVCacheWrapper(
+        wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace,
             _LAYOUT,
             use_cuda_graph=True,
@@ -143,6 +145,9 @@ class _FixedDecode:
             paged_kv_indices_buffer=self._indices,
             paged_kv_last_page_len_buffer=self._last_fill,
         )
+        schedule = torch.empty(SCHEDULE_BYTES, dtype=torch.uint8, device=self._workspace.device)
+        wrapper.reset_workspace_buffer(self._workspace, schedule)
+        return wrapper
 
 
 class _Prefill:

@@ -143,7 +143,3 @@ def main() -> int:
         log.exception("a rank failed")
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from packlight.core.errors import StartupError, WorkerLost
 from packlight.engine.parallel.messages import Message, write_message
 
-MODULE = "packlight.engine.parallel.follower"
+MODULE = "packlight.engine.parallel"
 END_TIMEOUT_S = 10.0
 
 
