@@ -21,8 +21,9 @@ from loadtest.schedule import due_times, stretches
 from packlight.bench.serve.prompts import Prompts
 from packlight.bench.serve.workloads import WORKLOADS, Conversation, Size
 from packlight.core.errors import ConfigError
+from packlight.evaluate.tasks.needles import Fact, needle
 
-TOKENS_PER_QUESTION = 128
+_FACT = Fact("quarrelsome-afternoon", "1234567")
 
 
 def make_plan(
@@ -75,10 +76,9 @@ def _asked(
 
 
 def _make(asked: Asked, group: tuple[int, int], num: int, prompts: Prompts, seed: int) -> Iterator[Conversation]:
-    """All conversations of one length and one document. A document holds the answer to each question about it, so it
-    has room for only so many; then a new one takes its place."""
+    """All conversations of one length and one document, which has room for only so many."""
     length, document = group
-    most = max(1, length // TOKENS_PER_QUESTION) if asked.kind == "shared_document" else num
+    most = most_questions(length - asked.question_tokens, prompts) if asked.kind == "shared_document" else num
     for first in range(0, num, most):
         size = Size(
             prompt_tokens=length,
@@ -87,6 +87,12 @@ def _make(asked: Asked, group: tuple[int, int], num: int, prompts: Prompts, seed
             num_turns=asked.turns,
         )
         yield from WORKLOADS[asked.kind].make(size, f"{seed}/{length}/{document}/{first}", prompts)
+
+
+def most_questions(document_tokens: int, prompts: Prompts) -> int:
+    """A document holds the answer to each question about it, in a sentence of its own. At most half of it may be such
+    sentences; then a new document takes its place."""
+    return max(1, document_tokens // (2 * prompts.count_text(f" {needle('number', _FACT)}")))
 
 
 def _planned(conversation: Conversation, due_s: float, asked: Asked, rng: Random) -> PlannedConversation:

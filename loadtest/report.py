@@ -26,10 +26,20 @@ def compared_as_text(runs: Mapping[str, LoadRun]) -> str:
 
 def compared_as_page(runs: Mapping[str, LoadRun]) -> str:
     (first, second), names = runs.values(), tuple(runs)
-    told = [(f"{name}: {fact}", value) for name, run in runs.items() for fact, value in facts(run)]
+    told = _told_once({name: facts(run) for name, run in runs.items()})
     warned = [("beware", line) for line in differences(first, second)]
     made = comparison(first, second, (names[0], names[1]))
     return render_page(f"Load tests: {names[0]} and {names[1]}", [*warned, *told], sections(runs), made)
+
+
+def _told_once(by_run: Mapping[str, list[tuple[str, str]]]) -> list[tuple[str, str]]:
+    """Facts that all runs share without a name, the others under the run's."""
+    shared = set.intersection(*map(set, by_run.values()))
+    common = [fact for fact in next(iter(by_run.values())) if fact in shared]
+    own = [
+        (f"{run}: {name}", value) for run, told in by_run.items() for name, value in told if (name, value) not in shared
+    ]
+    return [*common, *own]
 
 
 def differences(first: LoadRun, second: LoadRun) -> list[str]:

@@ -131,6 +131,7 @@ def _drive(command: Sequence[str], scraper: Scraper) -> bool:
             scraper.take()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(PERIOD_S)
+        scraper.take()  # counters with everything that was answered
         return False
     except KeyboardInterrupt:
         say("interrupted: reporting on what was answered")

@@ -6,6 +6,7 @@ is ever lost: what is tested is also that they do *not* go inline while the link
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -136,6 +137,7 @@ def take_all(receivers, frames):
 
 
 def num_open_files():
+    gc.collect()
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -252,16 +254,15 @@ def test_a_receiver_that_dies_is_noticed_and_the_rest_goes_inline(name, end, num
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_sender_that_dies_holds_up_nobody(name, end, number):
     sizes = [8 << 20] * 6
-    with peer_process(name) as dying:
+    with peer_process(name) as dying, peer_process(name) as other:
         (receiver,) = end.receivers(1, sizes)
         dying("start", wish=end.wishes([receiver])[0], sizes=sizes)
         dying.signal(number)
         receiver.release()
-        with peer_process(name) as other:
-            receivers = end.receivers(2)
-            assert len(take_all(receivers, other("send", wishes=end.wishes(receivers), sizes=SIZES)["frames"])) == 10
-            for each in receivers:
-                each.release()
-            if number == signal.SIGKILL and name == "process_group":
-                eventually(lambda: DROPPED in end.events, NOTICED_WITHIN_S)
-            other.end()
+        receivers = end.receivers(2)
+        assert len(take_all(receivers, other("send", wishes=end.wishes(receivers), sizes=SIZES)["frames"])) == 10
+        for each in receivers:
+            each.release()
+        if number == signal.SIGKILL and name == "process_group":
+            eventually(lambda: DROPPED in end.events, NOTICED_WITHIN_S)
+        assert other.end() == 0

@@ -4,26 +4,21 @@ Tiny random models in float32. A model is opened once per family: this process i
 """
 
 import asyncio
-import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
-from prometheus_client import CollectorRegistry
 
 from packlight.core.config import build_config
 from packlight.core.errors import InternalError, InvalidRequest
 from packlight.core.types import PackSpec, Role
-from packlight.decode.worker import DecodeWorker
 from packlight.engine.build import build_model
-from packlight.engine.compute import Compute
 from packlight.engine.engine import LocalEngine, ParallelEngine
 from packlight.engine.parallel.crew import Crew
 from packlight.engine.runner import ChunkWork
 from packlight.models.opened import open_model
-from packlight.prefill.worker import PrefillWorker
-from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics
-from tests.support.fake_pair import answer, running, until
+from tests.support.engine_pair import pair_of_engines
+from tests.support.fake_pair import answer
 from tests.support.real_pair import greedy
 from tests.support.tiny_models import VOCABULARY, eager_model, write_model_folder
 
@@ -74,32 +69,9 @@ class Sides:
             )
         return out[0, len(ids) :].tolist()
 
-    @contextlib.asynccontextmanager
-    async def pair(self, num_prefill, num_decode):
-        """A prefill worker of so many ranks, and a decode worker."""
-        compute = Compute()
-        prefill = PrefillWorker(
-            self.config.prefill,
-            self.engines[num_prefill].prefill_runner(self.config.prefill),
-            compute,
-            metrics=PrefillMetrics(CollectorRegistry()),
-        )
-        decode = DecodeWorker(
-            self.config.decode,
-            self.engines[num_decode].decode_runner(self.config.decode),
-            compute,
-            lambda worker_id, address: prefill,
-            metrics=DecodeMetrics(CollectorRegistry()),
-        )
-        try:
-            async with running(prefill.run(), decode.run()):
-                yield decode
-                await until(lambda: prefill.num_unfinished == 0 and decode.num_unfinished == 0)
-            prefill.check()
-            decode.check()
-            assert decode.load().num_free_pages == decode.load().num_total_pages
-        finally:
-            compute.close()
+    def pair(self, num_prefill, num_decode):
+        """A decode worker of so many ranks, with its prefill worker."""
+        return pair_of_engines(self.config, self.engines[num_prefill], self.engines[num_decode])
 
     async def answers(self, ways, prompts, pack):
         """All at once, then the first again, whose prefix is cached by then."""

@@ -45,10 +45,9 @@ async def test_without_a_rank_there_is_no_worker(folder):
         async with asyncio.timeout(10):
             with pytest.raises(InternalError, match="rank 1 of this worker is gone"):
                 await engine.watch()
-        with pytest.raises((WorkerLost, RuntimeError)):  # from the pipe, or from within a sum
-            runner.prefill([WORK])
-        with pytest.raises(WorkerLost, match="a rank of this worker failed"):
-            runner.prefill([WORK])
+        for reason in ("a rank of this worker failed: ", "a rank of this worker failed before: "):
+            with pytest.raises(WorkerLost, match=reason):
+                runner.prefill([WORK])
     finally:
         engine.close()
 

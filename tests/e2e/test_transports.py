@@ -11,9 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from packlight.core.errors import ShipmentIncompatible
+from packlight.models.fake import fake_answer
 from packlight.transfer.registry import build_transport
+from packlight.wire.channel import Channels
+from packlight.wire.decode import GrpcDecodeClient
 from tests.e2e.helpers import ask, client_of, expected
-from tests.support.cluster import SMALL_POOLS, eventually, running_cluster
+from tests.support.cluster import SMALL_POOLS, eventually, running_cluster, running_worker
+from tests.support.fake_pair import answer, make_request
 
 pytestmark = pytest.mark.e2e
 
@@ -84,3 +88,18 @@ def test_a_prefill_worker_that_dies_costs_no_answer(transport):
         cluster.kill("prefill-0")
         for number in range(6):
             assert ask(client, f"{number} after", 8)[0] == expected(f"{number} after", 8)
+
+
+async def test_workers_that_have_links_end_well(transport):
+    """SIGTERM, and nothing is left to crash on: threads of links wait in foreign code."""
+    settings = (f"decode.transports=[{transport},grpc]", "decode.staging_bytes=4194304")
+    with running_worker("prefill") as (one, prefill_address), running_worker("decode", *settings) as (other, address):
+        channels = Channels()
+        client = GrpcDecodeClient(channels.get(address), "decode-0")
+        for number in range(5):
+            request = make_request([3, 1, 4, number], request_id=str(number), prefill_address=prefill_address)
+            assert await answer(client, request) == fake_answer([3, 1, 4, number], 8)
+        await client.close()
+        await channels.close()
+        assert [other.end(), one.end()] == [0, 0]
+        assert "Traceback" not in one.output + other.output

@@ -6,9 +6,11 @@ take float32 and small heads besides, for tests that compare to the last digits.
 """
 
 import types
+from functools import partial
 from weakref import WeakValueDictionary
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from packlight.attention.flashinfer.kernels import Limits
 from packlight.attention.flashinfer.wrappers import CUDA_CORE_GROUPS, LIMITS, WORKSPACE_BYTES, FlashInferKernels
@@ -28,9 +30,19 @@ def fake_kernels(*, toy=True):
 
 def fake_flashinfer(limits=LIMITS):
     module = types.SimpleNamespace(plans=0, runs=0)
-    module.BatchDecodeWithPagedKVCacheWrapper = lambda *args, **kwargs: _Decode(module, limits, *args, **kwargs)
-    module.BatchPrefillWithPagedKVCacheWrapper = lambda *args, **kwargs: _Prefill(module, limits, *args, **kwargs)
+    module.BatchDecodeWithPagedKVCacheWrapper = unseen(partial(_Decode, module, limits))
+    module.BatchPrefillWithPagedKVCacheWrapper = unseen(partial(_Prefill, module, limits))
     return module
+
+
+def unseen(host_work):
+    """What it does is not seen by what records torch's operations."""
+
+    def run(*args, **kwargs):
+        with _disable_current_modes():
+            return host_work(*args, **kwargs)
+
+    return run
 
 
 class _Wrapper:
@@ -117,6 +129,7 @@ class _Decode(_Wrapper):
         assert float_workspace_buffer.numel() >= WORKSPACE_BYTES
         assert int_workspace_buffer.dtype == torch.uint8
 
+    @unseen
     def plan(self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, **options):
         _check_lists(indptr, indices, last_page_len, page_size)
         if not self.use_tensor_cores and num_qo_heads // num_kv_heads not in CUDA_CORE_GROUPS:
@@ -156,6 +169,7 @@ def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wrapper: int) -> 
 
 
 class _Prefill(_Wrapper):
+    @unseen
     def plan(
         self,
         qo_indptr,

@@ -27,7 +27,7 @@ def on_a_port(scripted: ScriptedServer) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{socket.getsockname()[1]}"
     finally:
-        server.should_exit = True
+        server.should_exit = server.force_exit = True  # some scripts never end
         thread.join(10)
         socket.close()
 

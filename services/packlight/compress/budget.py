@@ -117,20 +117,18 @@ def max_pages_by_layer(
 ) -> list[int]:
     """Upper bound of each layer's head pages. Where layers compete any one may get much, and the sum is more than
     `max_pages`."""
-    # Every request asks, and a model has many layers: what does not depend on the layer is found out once.
     budget = None if keeps_all(spec, num_prompt_tokens) else load_budget(spec)
-    return [
-        _layer_pages(
-            spec,
-            budget,
-            num_prompt_tokens,
-            Site(layer, model.num_layers, model.num_kv_heads),
-            sliding_window,
-            page_size,
-            num_new_tokens,
-        )
-        for layer, sliding_window in enumerate(_windows(model))
-    ]
+    windows = _windows(model)
+
+    def pages(layer: int) -> int:
+        site = Site(layer, model.num_layers, model.num_kv_heads)
+        return _layer_pages(spec, budget, num_prompt_tokens, site, windows[layer], page_size, num_new_tokens)
+
+    if find_recipe(spec.recipe).grades_layers:
+        return [pages(layer) for layer in range(len(windows))]
+    # Every request asks, and a model has many layers: those with one window are alike, and one of them is asked about.
+    by_window = {window: pages(windows.index(window)) for window in set(windows)}
+    return [by_window[window] for window in windows]
 
 
 def load_budget(spec: PackSpec) -> Budget:

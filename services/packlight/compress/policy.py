@@ -90,6 +90,7 @@ class Policy:
     def __init__(self, config: KVConfig, model: ModelSpec) -> None:
         """Raises ConfigError for a table, or a default recipe, that cannot be."""
         self._config, self._model = config, model
+        self._unasked: dict[tuple[int, str, float], PackSpec] = {}
         _check_order(config.policy.rows)
         scale = min(1.0, model.max_context / config.policy.reference_context)
         self._rows = [_Row(ceil(row.min_tokens * scale), row) for row in config.policy.rows]
@@ -147,6 +148,16 @@ class Policy:
 
     def _pack(self, row: PolicyRow, recipe: str, given: Mapping[str, object], least_ratio: float = 0.0) -> PackSpec:
         """The row's options, each replaced by the request's own where it has one."""
+        if given:
+            return self._made(row, recipe, given, least_ratio)
+        # Most requests leave everything open: a handful of packings, which are made once.
+        key = (row.min_tokens, recipe, least_ratio)
+        pack = self._unasked.get(key)
+        if pack is None:
+            pack = self._unasked[key] = self._made(row, recipe, given, least_ratio)
+        return pack
+
+    def _made(self, row: PolicyRow, recipe: str, given: Mapping[str, object], least_ratio: float) -> PackSpec:
         options: dict[str, object] = {"window": row.window, "codec": row.codec}
         if not {"budget", "ratio"} & given.keys():
             options["ratio"] = _ratio(row, least_ratio)

@@ -141,6 +141,11 @@ class Recipe:
         return self.budget == "cake"
 
     @property
+    def grades_layers(self) -> bool:
+        """What a layer may keep depends on its place among the others."""
+        return self.budget == "pyramid"
+
+    @property
     def divides_heads(self) -> bool:
         """The KV heads of a layer compete for its budget."""
         return self.budget == "ada"

@@ -184,7 +184,8 @@ class PrefillConfig(WorkerSection):
         ge=0,
         le=1,
         description="Share of packed requests whose next-token distribution is also computed from packed KV and "
-        "compared with the exact one, for the `shadow` metrics. Each costs one step of one token.",
+        "compared with the exact one, for the `shadow` metrics. Each costs one step of one token. None are with "
+        "`tensor_parallel` above 1.",
     )
 
 

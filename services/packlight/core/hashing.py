@@ -34,7 +34,7 @@ def page_hashes(token_ids: Sequence[int], page_size: int, *, fingerprint: str, s
     if byteorder == "big":
         tokens.byteswap()
     page_bytes = page_size * tokens.itemsize
-    full = memoryview(tokens).cast("B")[: len(tokens) // page_size * page_bytes]
+    full = tokens.tobytes()[: len(tokens) // page_size * page_bytes]
     # Copying a fresh hasher takes three quarters of the time of setting one up, and every request waits for this.
     fresh, parent, hashes = hashlib.blake2b(digest_size=HASH_BYTES), root_hash(fingerprint, page_size, salt), []
     for (page,) in struct.iter_unpack(f"{page_bytes}s", full):

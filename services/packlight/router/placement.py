@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import ceil
+from operator import itemgetter
 from random import Random
 from typing import TypeVar
 
@@ -27,6 +28,7 @@ from packlight.core.types import LocalPrefill, Role, WorkerId, WorkerInfo
 ASSUMED_TOKENS_PER_S = 1000.0  # of a worker that has not measured itself, unless others of the fleet are known faster
 ASSUMED_BYTES_PER_S = 1e9
 ASSUMED_ARRIVALS_PER_S = 0.5  # requests that begin to decode on a worker while it prefills
+MOST_WEIGHED = 16  # of equally good prefill workers, pair by pair with all decode workers
 REQUEST_S = 0.05  # one more request on a decode worker is as bad as waiting this much longer for the KV
 HOP_S = 0.005  # a call from decode to prefill, until its first event is back
 NEAR_TIE = 1.1  # costs within 10 % of the best ...
@@ -102,7 +104,8 @@ def place(
     longest = max(cached_tokens(option.prefill, demand, outlook) for option in best)
     best = [option for option in best if cached_tokens(option.prefill, demand, outlook) == longest]
     best = [option for option in best if option.local] or best
-    option, decode = random.choice(_best_pairs(best, costs))
+    some = random.sample(best, min(len(best), MOST_WEIGHED))
+    option, decode = random.choice(_best_pairs(some, costs))
     is_local, ttft_s = option.local is not None, costs.ttft_s(replace(option, decodes=[decode]))
     return Pair(option.prefill, decode, is_local, longest, ttft_s, _reason(is_local, options, usable))
 
@@ -129,15 +132,19 @@ class Costs:
         waiting = max(load.num_queued_tokens, self.outlook.sent_tokens.get(option.prefill.worker_id, 0))
         computing_s = waiting / self._tokens_per_s(option) + self.prefill_s(option)
         if option.local is None:
-            return computing_s + HOP_S + min(self.ship_s(option.prefill, decode) for decode in option.decodes)
+            return computing_s + HOP_S + min(self.ship_s(option))
         (decode,) = option.decodes
         num_turns = ceil(computing_s / option.local.max_stall_s) if requests_ahead(decode, self.outlook) else 0
         return computing_s + num_turns * decode.load.step_s
 
-    def ship_s(self, prefill: WorkerInfo, decode: WorkerInfo) -> float:
-        """Of the KV, over this pair's link; over one like the worker's others while this one has not been measured."""
-        measured = decode.load.link_bytes_per_s.get(prefill.worker_id)
-        return self.demand.shipped_bytes / (measured or prefill.load.ship_bytes_per_s or ASSUMED_BYTES_PER_S)
+    def ship_s(self, option: Option) -> list[float]:
+        """Of the KV, to each of `decodes`: over the pair's link, or while that has not been measured over one like the
+        worker's others."""
+        if option.local is not None:
+            return [0.0]
+        worker_id, unmeasured = option.prefill.worker_id, option.prefill.load.ship_bytes_per_s or ASSUMED_BYTES_PER_S
+        num_bytes = self.demand.shipped_bytes
+        return [num_bytes / decode.load.link_bytes_per_s.get(worker_id, unmeasured) for decode in option.decodes]
 
     def stall_s(self, option: Option) -> float:
         """Seconds that answers wait for a local prefill: those on the worker, and half of those that begin meanwhile,
@@ -177,14 +184,14 @@ def _best_pairs(options: Sequence[Option], costs: Costs) -> list[tuple[Option, W
     """Near-ties by what the decode worker costs, and how much longer than over the fastest link shipping takes."""
     decodes = {decode.worker_id: decode for option in options for decode in option.decodes}
     loads = {worker_id: decode_cost(decode, costs.demand, costs.outlook) for worker_id, decode in decodes.items()}
-    pairs = [(option, decode) for option in options for decode in option.decodes]
-    ship_s = [0.0 if option.local else costs.ship_s(option.prefill, decode) for option, decode in pairs]
-    fastest = min(ship_s)
+    ship_s = [costs.ship_s(option) for option in options]
+    fastest_s = min(min(seconds) for seconds in ship_s)
     weighed = [
-        (pair, loads[pair[1].worker_id] + (seconds - fastest) / REQUEST_S)
-        for pair, seconds in zip(pairs, ship_s, strict=True)
+        (loads[decode.worker_id] + (seconds - fastest_s) / REQUEST_S, option, decode)
+        for option, of_option in zip(options, ship_s, strict=True)
+        for decode, seconds in zip(option.decodes, of_option, strict=True)
     ]
-    return [pair for pair, _ in _near_ties(weighed, lambda one: one[1])]
+    return [(option, decode) for _, option, decode in _near_ties(weighed, itemgetter(0))]
 
 
 # ── which options there are ──────────────────────────────────────────────────────────────────────────────────────────

@@ -25,7 +25,7 @@ from packlight.transfer.base import Pending
 from packlight.transfer.inline import InlineSender
 
 REST_S = 10.0
-PATIENCE_S = 3.0
+PATIENCE_S = 5.0
 LEAST_BYTES_PER_S = 20e6  # a link slower than this is no better than the stream
 
 MADE, FAILED, DROPPED = "made", "not made", "dropped"

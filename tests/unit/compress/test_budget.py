@@ -11,6 +11,7 @@ from packlight.compress.budget import (
     read_budget,
 )
 from packlight.compress.layout import pages_of, total_pages
+from packlight.compress.recipes import RECIPES
 from packlight.core.types import ModelSpec, PackSpec
 
 SITE = Site(layer=0, num_layers=2, num_kv_heads=3)
@@ -121,3 +122,19 @@ def test_a_recipe_that_finds_its_length_is_no_identity_unless_asked_to_keep_all(
 )
 def test_read_budget(spec, num_read):
     assert read_budget(spec, 1000) == num_read
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if not recipe.divides_layers])
+def test_layers_that_are_said_to_be_alike_are(name):
+    """Only one of them is asked about, so a budget that looks at the layer's place must say so."""
+    spec, windows = PackSpec(name, budget_tokens=128, window=16), (None, 64, None, 64, None, None)
+    deep = ModelSpec("m", "f", 6, 3, 8, 10, 4000, (), "float32", windows)
+    one_by_one = [
+        total_pages([max_kept(spec, 2000, Site(layer, 6, 3), window) + 20] * 3, 16)
+        for layer, window in enumerate(windows)
+    ]
+    by_layer = max_pages_by_layer(spec, deep, 2000, 16, num_new_tokens=20)
+    if RECIPES[name].divides_heads:  # there the layer has a bound of its own, not each head's times their number
+        assert len({pages for pages, window in zip(by_layer, windows, strict=True) if window is None}) == 1
+    else:
+        assert by_layer == one_by_one

@@ -91,6 +91,7 @@ def test_their_page_draws_both():
     labels = set(re.findall(r">(full \w+|packed \w+)</text>", page))
     assert {"full median", "packed median", "full slowest", "packed slowest"} <= labels
     assert "beware" not in page
+    assert page.count("<dt>seed</dt>") == 1
 
 
 def test_loads_that_differ_are_told():

@@ -39,9 +39,9 @@ def test_all_that_are_promised_are_shipped_and_right():
         assert {"ttft", "tpot"} <= scenario.slo.limits().keys()
 
 
-def test_the_smoke_run_takes_less_than_a_minute():
-    scenario = load_scenario(find_scenario("smoke"))
-    assert scenario.duration_s + scenario.drain_s < 60
+def test_the_smoke_run_is_short():
+    """Less than a minute with the server's start; a slow machine gets longer for its answers."""
+    assert load_scenario(find_scenario("smoke")).duration_s <= 30
 
 
 def test_a_single_length_is_a_list_of_one(chat):

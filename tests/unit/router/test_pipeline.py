@@ -241,7 +241,7 @@ async def test_a_deadline_holds_over_all_attempts():
 
 @pytest.mark.parametrize("num_before", [1, 2, 5, 11])
 async def test_a_lost_decode_worker_s_answer_is_resumed_on_the_other(num_before):
-    for seed in range(2):
+    for seed in range(3):
         async with fleet_of_fakes(seed=seed) as fleet:
             fleet["decode-0"].link.num_tokens_until_cut = num_before
             tokens, usage = await answer(fleet, PROMPT, 12)
@@ -258,7 +258,7 @@ async def test_a_lost_decode_worker_s_answer_is_resumed_on_the_other(num_before)
 
 async def test_the_seeds_above_send_some_answers_to_the_worker_that_is_lost():
     firsts = set()
-    for seed in range(2):
+    for seed in range(3):
         async with fleet_of_fakes(seed=seed) as fleet:
             await answer(fleet, PROMPT, 12)
             firsts |= set(chosen(fleet, Role.DECODE))

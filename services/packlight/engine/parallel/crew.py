@@ -8,7 +8,6 @@ worker. Called on the compute thread, except where it says so.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,8 +18,6 @@ from packlight.engine.parallel.group import Group, Meeting, open_store
 from packlight.engine.parallel.messages import Kind, Message
 from packlight.engine.parallel.rank import Rank, rank_device
 from packlight.models.opened import OpenedModel
-
-log = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 0.2
 
@@ -37,7 +34,7 @@ class Crew:
         on_progress: Callable[[str], None],
     ) -> None:
         """Raises StartupError if a follower ends, ModelError if the model cannot be divided."""
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
         self._num_runners = 0
         store = open_store()
         self.followers = Followers(num_ranks)
@@ -66,24 +63,25 @@ class Crew:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around what all ranks do at the same time. Whatever goes wrong within is the end of the group.
-
-        Raises WorkerLost if it ended before."""
+        """Around what all ranks do at the same time. Whatever goes wrong within is the end of the group: it raises
+        WorkerLost, and so does everything after it."""
         if self._failure is not None:
-            raise WorkerLost(f"a rank of this worker failed: {self._failure!r}")
+            raise WorkerLost(f"a rank of this worker failed before: {self._failure!r}")
         try:
             yield
-        except BaseException as error:
+        except Exception as error:
             self._failure = error
             self.followers.kill()
-            raise
+            raise WorkerLost(f"a rank of this worker failed: {error!r}") from error
 
     async def watch(self) -> None:
         """On the event loop, for ever: raises InternalError when a follower is gone."""
-        while (lost := self.followers.lost) is None:
+        while True:
+            lost = self.followers.lost
+            if lost is not None:
+                reason = f" after {self._failure!r}" if self._failure else ""
+                raise InternalError(f"rank {lost} of this worker is gone{reason}: a part of the model is missing")
             await asyncio.sleep(WATCH_PERIOD_S)
-        reason = f" after {self._failure!r}" if self._failure else ""
-        raise InternalError(f"rank {lost} of this worker is gone{reason}: a part of the model is missing")
 
     def close(self) -> None:
         self.followers.close()

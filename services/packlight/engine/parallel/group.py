@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its stubs know one kind of store
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from packlight.core.errors import WorkerLost
+
 STEP_TIMEOUT = timedelta(seconds=60)
 """How long a rank waits for another inside a step: they start together and do equal work."""
 HOST = "127.0.0.1"
@@ -74,14 +76,17 @@ class Group:
             )
 
     def send(self, tensor: Tensor, rank: int) -> None:
+        """Raises WorkerLost if `rank` is gone, or does not take it in time."""
         if tensor.numel():
-            dist.send(_as_bytes(tensor.contiguous()), rank)
+            with _between(self.rank, rank):
+                dist.send(_as_bytes(tensor.contiguous()), rank)
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> Tensor:
-        """On this rank's device."""
+        """On this rank's device. Raises WorkerLost as `send` does."""
         tensor = torch.empty(tuple(shape), dtype=dtype, device=self._device)
         if tensor.numel():
-            dist.recv(_as_bytes(tensor), rank)
+            with _between(self.rank, rank):
+                dist.recv(_as_bytes(tensor), rank)
         return tensor
 
     def close(self) -> None:
@@ -90,6 +95,14 @@ class Group:
 
 def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
+
+
+@contextmanager
+def _between(own: int, other: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # all that torch says of a connection, a time-out or a wrong size
+        raise WorkerLost(f"between the ranks {own} and {other} of this worker: {error}") from error
 
 
 @contextmanager

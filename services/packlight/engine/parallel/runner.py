@@ -1,6 +1,7 @@
 """Steps that all ranks compute: told to the followers, and computed here at the same time.
 
-Whoever uses these runners sees one model and one pool with all KV heads. Legend as in `engine/runner.py`, H query heads.
+Whoever uses these runners sees one model and one pool with all KV heads. Legend as in `engine/runner.py`, H query
+heads of the rank, D head dim.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from packlight.attention.base import LayerHook
-from packlight.core.errors import InternalError
+from packlight.core.errors import InternalError, WorkerLost
 from packlight.engine.parallel.crew import Crew
 from packlight.engine.parallel.messages import Kind, Message, prefill_message
 from packlight.engine.parallel.pools import GatheredPool, GatheredWindow, ScatteredPool
@@ -63,7 +64,7 @@ class Relay:
     def _call(self, layer: int, q_THD: Tensor, scale: float) -> None:
         try:
             self._on_layer(layer, q_THD, scale)
-        except RuntimeError:  # torch's own, from between two ranks perhaps: who knows what the other waits for
+        except WorkerLost:  # nobody knows what the other rank waits for
             raise
         except Exception as error:
             self.failure = error
