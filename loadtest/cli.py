@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     show(found, arguments.html)
     if arguments.json:
         write(Path(arguments.json), found.to_json())
+    if found.figures["num_late"]:
+        say(f"loadtest: no open load throughout: {report.openness(found)}")
     missed = verdict.shortfalls(found.figures, requirements)
     for line in missed:
         say(f"loadtest: {line}")

@@ -52,6 +52,11 @@ class RunClock:
         """Until it says something."""
         self._is_set.wait()
 
+    def sleep_until(self, at_s: float) -> None:
+        """Never less: gevent's own timers start from when its loop last looked at the time, and may end early."""
+        while (left_s := at_s - self()) > 0:
+            gevent.sleep(left_s)
+
     def __call__(self) -> float:
         return time.perf_counter() - self._zero
 
@@ -95,7 +100,7 @@ class Conductor:
         messages: list[Message] = [{"role": "system", "content": conversation.system}]
         due_s = conversation.due_s
         for index, turn in enumerate(conversation.turns):
-            gevent.sleep(max(0.0, min(due_s, self._plan.end_s) - self.clock()))
+            self.clock.sleep_until(min(due_s, self._plan.end_s))
             messages.append({"role": "user", "content": turn.content})
             answer = self._ask(messages, turn, due_s, conversation.is_follow_up or index > 0)
             self._report(Sample(conversation=number, turn=index, slot_wait_s=slot_wait_s, answer=answer))

@@ -62,7 +62,7 @@ def facts(run: LoadRun) -> list[tuple[str, str]]:
         ("server", f"{header.model} at {header.url}, {header.server}"),
         ("requests", ", ".join(f"{name} {value}" for name, value in header.body.items() if name != "model")),
         ("load", "; ".join([str(header.settings.get("about", "")), *header.notes])),
-        ("open loop", _openness(run)),
+        ("open loop", openness(run)),
         ("SLO", ", ".join(f"{name} <= {limit:g} s" for name, limit in header.slo_s.items())),
         ("tokenizer", header.tokenizer),
         ("seed", str(header.seed)),
@@ -75,7 +75,7 @@ def facts(run: LoadRun) -> list[tuple[str, str]]:
     return [(name, value) for name, value in named if value]
 
 
-def _openness(run: LoadRun) -> str:
+def openness(run: LoadRun) -> str:
     """Whether the load was what it was meant to be."""
     waits = [sample.slot_wait_s for sample in run.samples if sample.turn == 0 and sample.slot_wait_s > 0]
     if not waits:

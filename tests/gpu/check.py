@@ -1,6 +1,6 @@
 """`make gpu-check`: everything that needs a GPU, in one go, on a machine that has one.
 
-    python -m tests.gpu.check                       tests, then figures; about ten minutes
+    python -m tests.gpu.check                       kernels, tests, figures; about ten minutes
     python -m tests.gpu.check --only tests          one part
     python -m tests.gpu.check --minutes 9           nothing is begun that would end later
 
@@ -54,6 +54,7 @@ class Goal:
 
 PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "--timeout=240")
 PARTS = (
+    Part("kernels", ("-m", "tests.gpu.kernels"), 240.0),  # compiled side by side, not one by one as tests ask for them
     Part("tests", PYTEST, 270.0),
     *(
         Part(name, ("-m", "tests.gpu.figures", name), limit_s, figures=True)

@@ -35,6 +35,7 @@ from packlight.core.config import Config, GraphsConfig, build_config
 from packlight.core.types import GenerateRequest, ModelSpec, PackSpec, Role, SamplingParams, StopRules
 from packlight.decode.memory import DecodeMemory
 from packlight.engine.build import build_attention, build_model
+from packlight.engine.graph_choice import Mode
 from packlight.engine.graphs import CudaGraphs, GraphedRunner, GraphEngine
 from packlight.engine.runner import DecodeRunner
 from packlight.engine.sampler import SampleRow, sample
@@ -230,7 +231,13 @@ def _step_s(rig: Rig, rows: Rows, context: int, *, graphed: bool = True) -> floa
         )  # fmt: skip
         sample(logits_BV, sampled)
 
-    return _median_s(rig, step)
+    modes: set[Mode] = set()
+    if isinstance(runner, GraphedRunner):
+        runner.on_mode = modes.add
+    seconds = _median_s(rig, step)
+    if modes - {Mode.REPLAYED}:
+        raise RuntimeError(f"the step was to be replayed, and ran {', '.join(sorted(modes))}")
+    return seconds
 
 
 def _runner(rig: Rig, rows: Rows, graphed: bool) -> DecodeRunner:

@@ -22,7 +22,7 @@ STORY = "The mill stood by the river, and every morning the miller counted the s
 
 @pytest.fixture(scope="module")
 def engines(smollm2, smollm2_model):
-    config = build_config({}, ["model.dtype=float32", "prefill.attention=sdpa", "decode.attention=sdpa"])
+    config = build_config({}, ["model.dtype=float32"])  # attention by the compiled kernels, where they can be had
     crew = Crew(smollm2, config, RANKS, torch.get_num_threads(), print)
     yield config, {1: LocalEngine(smollm2_model, config), RANKS: ParallelEngine(crew)}
     crew.close()

@@ -13,7 +13,7 @@ import pytest
 
 from packlight.cli import main
 from packlight.core.config import build_config
-from packlight.doctor import gpu, machine, software, surroundings
+from packlight.doctor import gpu, machine, software, surroundings, transports
 from packlight.doctor.base import Finding, Level, Patient, examine, human_bytes
 from packlight.doctor.command import CHECKS, ROLES, as_json, as_table, is_well
 from packlight.native import library as native_library
@@ -194,6 +194,30 @@ def test_a_driver_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, tmp_pat
     found = gpu.check_gpu(patient("model.device=cuda"))
     assert found.level is Level.MISSING
     assert found.found.startswith("NVIDIA H100 80GB HBM3 (driver 570.86.10), but torch")
+
+
+# ── transports ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+BESIDE = "decode.transports=[nixl,process_group,grpc]"
+
+
+def test_transports_that_nobody_asked_for_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert transports.check_nixl(patient()).level is Level.UNUSED
+    assert transports.check_process_groups(patient()).level is Level.UNUSED
+    assert transports.check_nixl(patient(BESIDE)).level is Level.WARNING
+    assert "pip install --no-deps nixl-cu12" in transports.check_nixl(patient(BESIDE)).fix
+
+
+def test_process_groups_by_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = transports.check_process_groups(patient(BESIDE))
+    assert (found.level, "gloo" in found.found) == (Level.OK, True)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
+    assert "CPU's memory" in str(transports.check_process_groups(patient(BESIDE, "model.device=cuda")))
+    monkeypatch.setattr("torch.distributed.is_available", lambda: False)
+    assert transports.check_process_groups(patient(BESIDE)).level is Level.WARNING
+    assert transports.check_process_groups(patient(BESIDE, role="router")).level is Level.UNUSED
 
 
 # ── Redis and ports ──────────────────────────────────────────────────────────────────────────────────────────────────

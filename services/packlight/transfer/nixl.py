@@ -44,6 +44,7 @@ class NixlTransport:
     def __init__(self, site: Site | None = None) -> None:
         self._site = site or Site()
         self._inbox: Inbox | None = None
+        self._refusal: ShipmentIncompatible | None = None
         self._writer = Writer(self._site)
         self._links: Links[WritingLink] = Links(lambda peer: self._writer.link(_parse_peer(peer)))
 
@@ -56,10 +57,21 @@ class NixlTransport:
         return LinkSender(link, lambda payload: link.submit(shipment, payload), lambda: link.end(shipment))
 
     def receiver(self, *, num_layers: int, max_layer_bytes: int) -> KVReceiver:
+        if self._refusal is not None:
+            raise self._refusal
         if self._inbox is None:
-            self._inbox = Inbox(self._site)
+            self._inbox = self._make_inbox()
         order = LayerOrder(num_layers=num_layers, max_layer_bytes=max_layer_bytes)
         return NixlReceiver(self._inbox, num_layers, num_layers * max_layer_bytes, order)
+
+    def _make_inbox(self) -> Inbox:
+        """Once: what does not start now does not start with the next request either."""
+        try:
+            return Inbox(self._site)
+        except ShipmentIncompatible as error:
+            log.warning("nixl is not offered: %s", error)
+            self._refusal = error
+            raise
 
     def close(self) -> None:
         self._links.close()

@@ -270,9 +270,9 @@ class ReceivingLink:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        self._is_closing = True
-        if self._pair is not None:
-            self._pair.drop()
+        self._is_closing, pair = True, self._pair
+        if pair is not None:
+            pair.drop()
         self._thread.join(timeout=2 * PATIENCE_S)
 
     def _run(self) -> None:
@@ -288,8 +288,9 @@ class ReceivingLink:
                 log.warning("a process group with a sender was %s: %s", event, _reason(error))
                 self._site.on_link(NAME, event)
         finally:
-            if self._pair is not None:
-                self._pair.drop()
+            pair, self._pair, self._store = self._pair, None, None
+            if pair is not None:
+                pair.drop()
 
     def _receive(self, pair: Pair) -> bool:
         """One layer. False when the sender takes its leave."""

@@ -67,16 +67,19 @@ def open_store(listen_on: str) -> Store:
     """A store that listens on a free port of `listen_on`, and nowhere else. Raises ShipmentIncompatible."""
     if not dist.is_available() or not dist.is_gloo_available():
         raise ShipmentIncompatible("this torch has no torch.distributed with Gloo")
-    listener = socket.create_server((listen_on, 0), family=socket.AF_INET6 if ":" in listen_on else socket.AF_INET)
-    port = listener.getsockname()[1]
-    return dist.TCPStore(
-        listen_on,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(days=1),
-        master_listen_fd=listener.detach(),
-    )
+    family = socket.AF_INET6 if ":" in listen_on else socket.AF_INET
+    try:
+        with socket.create_server((listen_on, 0), family=family) as listener:
+            return dist.TCPStore(
+                listen_on,
+                listener.getsockname()[1],
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(days=1),
+                master_listen_fd=listener.detach(),
+            )
+    except (OSError, RuntimeError) as error:
+        raise ShipmentIncompatible(f"no store can listen on {listen_on}: {error}") from None
 
 
 def part_of(store: Store, name: str) -> Store:

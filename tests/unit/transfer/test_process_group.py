@@ -118,6 +118,12 @@ def test_somebody_else_at_the_same_address_is_not_taken_for_the_receiver(transpo
         sender.ready.result(10)
 
 
+def test_a_worker_whose_host_is_not_its_own_does_not_offer_it():
+    transport = ProcessGroupTransport(Site("192.0.2.1"))  # for documentation: no machine has it
+    with pytest.raises(ShipmentIncompatible, match=r"no store can listen on 192\.0\.2\.1"):
+        transport.receiver(num_layers=1, max_layer_bytes=1)
+
+
 def test_it_listens_where_the_worker_does_and_nowhere_else(transport):
     receiver = transport.receiver(num_layers=1, max_layer_bytes=100)
     port = int(receiver.offer.partition("/")[0].rpartition(":")[2])
