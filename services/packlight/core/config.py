@@ -50,8 +50,8 @@ class ModelConfig(Section):
         description="How weights lie in memory on a CPU: `native` (as `dtype`), `int8` (a scale per output), or `int4` "
         "(groups of 32; embedding and head stay int8), quantised once at load. Fewer bytes are read per token, and "
         "answers change a little. KV is the same kind in all three, so prefill and decode workers of one fleet may "
-        "differ: `native` where prompts are read, `int4` where answers are written. `dummy`: random numbers in the shape "
-        "of `path`, which is then a folder with a `config.json`, or `llama-3.1-8b`, `qwen3-8b` or `qwen3-30b-a3b`; to "
+        "differ: `native` where prompts are read, `int4` where answers are written. `dummy`: random numbers in the "
+        "shape of `path`, which is then a folder with a `config.json`, or `llama-3.1-8b`, `qwen3-8b` or `qwen3-30b-a3b`; to "
         "measure without weights.",
     )
     device: str = Field("cpu", description="A torch device: `cpu`, `cuda`, `cuda:1`.")
@@ -123,8 +123,8 @@ class RouterConfig(Section):
     port: int = Field(8000, ge=0, le=65535, description="Port of the HTTP API; 0 picks a free one.")
     api_keys_file: str | None = Field(
         None,
-        description="A file of API keys, one a line; requests then need one as `Authorization: Bearer <key>`. Read again "
-        "when it changes. Health, metrics and the console's page stay open. None: everybody may ask.",
+        description="A file of API keys, one a line; requests then need one as `Authorization: Bearer <key>`. Read "
+        "again when it changes. Health, metrics and the console's page stay open. None: everybody may ask.",
     )
     console: bool = Field(
         True,
@@ -169,7 +169,8 @@ class WorkerSection(Section):
         ge=1,
         le=64,
         description="Processes among which the model is divided, by attention head: on `cuda` one per GPU, from "
-        "`model.device` on. A divisor of the KV heads. Prefill and decode workers may differ. Not in `packlight serve`.",
+        "`model.device` on. A divisor of the KV heads. Prefill and decode workers may differ. Not in `packlight "
+        "serve`.",
     )
     kv_memory_bytes: int = Field(1 << 30, ge=1 << 16, description="Memory of the KV pool, of all ranks together.")
     max_queue: int = Field(64, ge=1, description="Requests waiting for admission; one more is refused.")

@@ -38,8 +38,8 @@ def advertised_address(section: WorkerSection, port: int, environ: Mapping[str, 
 
 
 class Heart:
-    """Reports `describe()` every `period_s`, and `also` with it; `stop` takes the worker off the board. `pulse` is called
-    whatever becomes of the report: the event loop goes round."""
+    """Reports `describe()` every `period_s`, and `also` with it; `stop` takes the worker off the board. `pulse` is
+    called whatever becomes of the report: the event loop goes round."""
 
     def __init__(
         self,

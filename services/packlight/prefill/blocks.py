@@ -38,8 +38,8 @@ class Blocks:
         return self.book.num_free + self.book.num_cached
 
     def is_coming(self, task: Task, others: Sequence[Task]) -> bool:
-        """Whether the next page that `task` lacks is being computed for one of `others`, and `task` could use it. Hashes
-        are chained: equal ones stand for equal prefixes."""
+        """Whether the next page that `task` lacks is being computed for one of `others`, and `task` could use it.
+        Hashes are chained: equal ones stand for equal prefixes."""
         next_page = len(self.cache.match(task.hashes))
         at_best = usable_hit(task.num_tokens, task.num_tokens, task.anchor, task.window, self._page_size)
         if task.needs_all_queries or (next_page + 1) * self._page_size > at_best:

@@ -112,7 +112,6 @@ def _read(path: Path) -> frozenset[bytes]:
         raise ConfigError(f"{setting}: it has no key; write one a line, for example from `openssl rand -hex 32`")
     for at, key in keys:
         if len(key) < MIN_KEY_LENGTH or any(character.isspace() for character in key):
-            raise ConfigError(
-                f"{setting}, line {at}: a key has {MIN_KEY_LENGTH} characters at least and no space, this has {len(key)}"
-            )
+            wanted = f"a key has {MIN_KEY_LENGTH} characters at least and no space"
+            raise ConfigError(f"{setting}, line {at}: {wanted}, this has {len(key)}")
     return frozenset(_digest(key) for _, key in keys)

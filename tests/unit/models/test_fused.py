@@ -39,6 +39,7 @@ from tests.support.tiny_models import TINY_CONFIGS, eager_model, write_model_fol
 def silent(_: str) -> None:
     pass
 
+
 FORMS = (Weights.NATIVE, Weights.INT8, Weights.INT4)
 
 
