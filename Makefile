@@ -52,6 +52,7 @@ check: setup ## Formatting, lint, types, import direction, and generated files t
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy -p loadtest
 	$(BIN)/lint-imports
 	$(MAKE) sanitize proto docs
 	git diff --exit-code -- services/packlight/wire/v1 docs/configuration.md docs/recipes.md docs/metrics.md docs/operations.md README.md

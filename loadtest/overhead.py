@@ -73,7 +73,7 @@ NAMES = ("step", "computing", "between", "first_token")
 
 
 def median(rounds: Sequence[Round], name: str) -> float:
-    return statistics.median(getattr(each, name) for each in rounds)
+    return float(statistics.median(getattr(each, name) for each in rounds))
 
 
 async def measure(tree: str) -> Round:

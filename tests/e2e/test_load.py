@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loadtest.results import LoadRun, load_run
 
+from loadtest.results import LoadRun, load_run
 from tests.support.cluster import SMALL_POOLS, eventually, running_process
 from tests.support.scripted_http import on_a_port
 from tests.support.scripted_openai import Script, ScriptedServer

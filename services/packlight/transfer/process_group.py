@@ -1,7 +1,7 @@
 """Transport by torch.distributed: Gloo between CPUs, NCCL between GPUs; headers go through the stream.
 
 Knows offers and headers. How two processes meet is in `process_group_pair.py`, how layers get from one to the other in
-`process_group_links.py`.
+`process_group_links.py` and `process_group_receiving.py`.
 
 The receiver offers the address of a store that it owns and a number for the shipment. A sender asks there for a pair of
 groups of its own, once; all shipments of the two workers share it. A layer is received into memory of its own, whoever
@@ -19,8 +19,9 @@ from packlight.transfer.base import KVReceiver, KVSender, LayerOrder, ReceivedLa
 from packlight.transfer.inline import InlineReceiver
 from packlight.transfer.landings import Landings
 from packlight.transfer.links import Links, LinkSender
-from packlight.transfer.process_group_links import MeetingPoint, SendingLink
+from packlight.transfer.process_group_links import SendingLink
 from packlight.transfer.process_group_pair import Meeting, payload_device
+from packlight.transfer.process_group_receiving import MeetingPoint
 
 _OFFER = re.compile(r"(?P<meeting>\[?[\w.:%-]{1,255}\]?:\d{1,5}/(?:cpu|cuda)/[0-9a-f]{32})/(?P<shipment>\d{1,19})")
 

@@ -1,8 +1,14 @@
 """What is remembered of links, and for how many."""
 
+from dataclasses import replace
+
 import pytest
 
+from packlight.core.shipping import Shipped
+from packlight.core.types import Role, WorkerInfo, WorkerLoad
 from packlight.decode.pair_rates import LEAST_BYTES, MOST_PAIRS, PairRates
+from packlight.fleet.card import decode_worker, encode_worker
+from packlight.wire.frames import event_from_bytes, event_to_bytes
 
 MIB = 1 << 20
 
@@ -39,3 +45,16 @@ def test_the_pair_not_heard_of_for_longest_goes_first():
     assert pairs.forget_oldest() == ("p1", "grpc")
     assert len(pairs.bytes_per_s()) == MOST_PAIRS
     assert pairs.forget_oldest() is None
+
+
+def test_what_is_measured_crosses_the_wire():
+    shipped = Shipped(2, 10, 20, 3.0, 1.0, 0.0, 0.0, 0.0, ship_s=0.25)
+    assert event_from_bytes(event_to_bytes(shipped)) == shipped
+
+
+def test_and_the_fleets_board():
+    load = WorkerLoad(link_bytes_per_s={"prefill-0": 1e9, "prefill-1": 2.5e7})
+    info = WorkerInfo("decode-0", 1, Role.DECODE, "host:1", "m", "f", "c", 16, load=load)
+    assert decode_worker(encode_worker(info)) == info
+    earlier = encode_worker(replace(info, load=WorkerLoad())).replace(',"link_bytes_per_s":{}', "")
+    assert decode_worker(earlier).load.link_bytes_per_s == {}

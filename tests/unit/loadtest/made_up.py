@@ -7,7 +7,6 @@ from typing import Any
 
 from loadtest.results import Header, LoadRun, Scrape
 from loadtest.samples import Sample
-
 from packlight.bench.serve.answers import Answer
 
 KV = {"recipe": "snapkv", "kept_tokens": 25.0, "prompt_tokens": 100, "shipped_bytes": 300, "exact_bytes": 1000}

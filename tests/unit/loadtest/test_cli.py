@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
 from loadtest.cli import main
 from loadtest.scenario import FOLDER
-
 from packlight.bench.serve.answers import Answer
 from tests.unit.loadtest.made_up import answer, run_of
 

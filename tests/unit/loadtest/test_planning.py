@@ -6,11 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
 from loadtest.plan import Plan, read_plan
 from loadtest.planning import make_plan, most_questions
 from loadtest.scenario import FOLDER, Scenario, find_scenario, load_scenario, scenario_names
 from loadtest.settings import build, override
-
 from packlight.bench.serve.prompts import Prompts, Question
 from packlight.core.config import ModelConfig
 from packlight.core.errors import ConfigError

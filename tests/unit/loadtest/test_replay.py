@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loadtest.replay import BLOCK_TOKENS, BlockTexts, Recorded, Replayed, read_trace, scale
 
+from loadtest.replay import BLOCK_TOKENS, BlockTexts, Recorded, Replayed, read_trace, scale
 from packlight.bench.serve.prompts import Prompts
 from packlight.core.config import ModelConfig
 from packlight.core.errors import ConfigError

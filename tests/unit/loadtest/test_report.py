@@ -6,10 +6,10 @@ import re
 from dataclasses import replace
 
 import pytest
+
 from loadtest.report import as_page, as_text, compared_as_page, compared_as_text, differences
 from loadtest.results import LoadRun, load_run
 from loadtest.summary import figures
-
 from packlight.core.errors import ConfigError
 from tests.unit.loadtest.made_up import KV, answer, failure, plain, run_of
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from loadtest.scenario import FOLDER, Burst, Trace, find_scenario, load_scenario, scenario_names
 
+from loadtest.scenario import FOLDER, Burst, Trace, find_scenario, load_scenario, scenario_names
 from packlight.core.errors import ConfigError
 
 CHAT = """

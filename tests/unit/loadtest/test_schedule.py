@@ -8,6 +8,7 @@ from statistics import mean, pstdev
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from loadtest.scenario import Burst, Ramp, Steady
 from loadtest.schedule import Stretch, due_times, stretches
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loadtest.summary import LATENCIES, figures, least_samples, quantile, spread
 
+from loadtest.summary import LATENCIES, figures, least_samples, quantile, spread
 from tests.unit.loadtest.made_up import KV, answer, failure, plain, run_of
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
 from loadtest.summary import figures
 from loadtest.verdict import check_slo, parse_requirements, shortfalls
-
 from packlight.core.errors import ConfigError
 from tests.unit.loadtest.made_up import answer, failure, run_of
 

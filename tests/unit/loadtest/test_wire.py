@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+
 from loadtest.asking import refusal, to_answer
 from loadtest.results import Scrape
 from loadtest.samples import Sample, SampleFile, read_samples
 from loadtest.scrape import WATCHED, Scraper, read_metrics
 from loadtest.target import check_url
-
 from packlight.bench.serve.stream import Reading
 from packlight.core.errors import ConfigError
 from packlight.telemetry.catalogue import CATALOGUE, Kind, full_name

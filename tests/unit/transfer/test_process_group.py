@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from packlight.core.errors import ShipmentCorrupt, ShipmentIncompatible
 from packlight.core.shipping import LayerHeader
-from packlight.transfer import process_group_links
+from packlight.transfer import process_group_links, process_group_receiving
 from packlight.transfer.base import CPU, Site
 from packlight.transfer.landings import Landings
 from packlight.transfer.links import DROPPED, FAILED, MADE, LinkDown
@@ -146,7 +146,7 @@ def test_a_sender_that_announces_nonsense_is_dropped(transport, events, words):
 
 def test_a_link_that_is_idle_stays(monkeypatch, events, transport):
     monkeypatch.setattr(process_group_links, "PING_S", 0.02)
-    monkeypatch.setattr(process_group_links, "SILENCE_S", 0.5)
+    monkeypatch.setattr(process_group_receiving, "SILENCE_S", 0.5)
     sender, receiver = joined(transport)
     assert not threading.Event().wait(1.0)
     (header,) = headers(sender, 0, payload(50, 0))
@@ -156,7 +156,7 @@ def test_a_link_that_is_idle_stays(monkeypatch, events, transport):
 
 
 def test_a_sender_that_says_nothing_is_given_up(monkeypatch, events, transport):
-    monkeypatch.setattr(process_group_links, "SILENCE_S", 0.2)
+    monkeypatch.setattr(process_group_receiving, "SILENCE_S", 0.2)
     receiver = transport.receiver(num_layers=1, max_layer_bytes=100)
     pair = ask(Meeting.parse(receiver.offer.rpartition("/")[0]), "127.0.0.1", CPU)
     eventually(lambda: events == [MADE, DROPPED])
