@@ -51,8 +51,8 @@ class ModelConfig(Section):
         "(groups of 32; embedding and head stay int8), quantised once at load. Fewer bytes are read per token, and "
         "answers change a little. KV is the same kind in all three, so prefill and decode workers of one fleet may "
         "differ: `native` where prompts are read, `int4` where answers are written. `dummy`: random numbers in the "
-        "shape of `path`, which is then a folder with a `config.json`, or `llama-3.1-8b`, `qwen3-8b` or `qwen3-30b-a3b`; to "
-        "measure without weights.",
+        "shape of `path`, which is then a folder with a `config.json`, or `llama-3.1-8b`, `qwen3-8b` or "
+        "`qwen3-30b-a3b`; to measure without weights.",
     )
     device: str = Field("cpu", description="A torch device: `cpu`, `cuda`, `cuda:1`.")
     max_context: int | None = Field(
