@@ -21,14 +21,14 @@ from packlight.compress.budget import keeps_all
 from packlight.core.config import PrefillConfig
 from packlight.core.errors import Draining, InternalError, PacklightError, QueueFull, RequestNeverFits
 from packlight.core.hashing import page_hashes
-from packlight.core.rate import Rate, StepTimer
-from packlight.core.shipping import FirstToken, PrefillEvent, Shipped, Waiting
+from packlight.core.shipping import FirstToken, PrefillEvent, Waiting
 from packlight.core.types import PrefillRequest, Token, WorkerLoad
 from packlight.engine.compute import Compute
 from packlight.engine.runner import PrefillRunner, Runner
 from packlight.prefill.blocks import Blocks
 from packlight.prefill.dispatch import Dispatch
 from packlight.prefill.marks import Marks
+from packlight.prefill.meter import Meter
 from packlight.prefill.outbox import Outbox
 from packlight.prefill.scheduler import ChunkPlan, plan_step, step_room
 from packlight.prefill.shadow import Shadows
@@ -45,8 +45,7 @@ log = logging.getLogger(__name__)
 Clock = Callable[[], float]
 
 REASSURE_S = 2.0
-PACE_HALF_LIFE_S = 1.0
-"""How soon the size of the next step follows the speed of the last ones: attention slows a long prompt down."""
+"""How often who waits is told that the worker steps."""
 
 
 class PrefillWorker:
@@ -63,7 +62,7 @@ class PrefillWorker:
         clock: Clock = time.monotonic,
     ) -> None:
         self._config, self._runner, self._compute = config, runner, compute
-        self._metrics, self._tracer, self._clock = metrics, tracer, clock
+        self._meter, self._tracer, self._clock = Meter(metrics), tracer, clock
         self.blocks = Blocks(runner.pool.num_blocks, runner.pool.page_size)
         self._dispatch = Dispatch(
             runner, Site(config.host, config.advertise, runner.pool.device, on_link=metrics.count_link)
@@ -74,8 +73,7 @@ class PrefillWorker:
         self._admitted: list[Task] = []
         self._shipping: set[Task] = set()
         self._wake = asyncio.Event()
-        self._timer, self._recent, self._shipped = StepTimer(), Rate(PACE_HALF_LIFE_S), Rate()
-        self._is_warm = self.draining = False
+        self.draining = False
 
     # ── the public side ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -114,7 +112,7 @@ class PrefillWorker:
             self._dispatch.close()
 
     def load(self) -> WorkerLoad:
-        waiting, pace = [*self._queue, *self._admitted], self._timer.pace
+        waiting, pace = [*self._queue, *self._admitted], self._meter.pace
         return WorkerLoad(
             num_running=len(self._admitted) + len(self._shipping),
             num_queued=len(self._queue),
@@ -122,7 +120,7 @@ class PrefillWorker:
             num_free_pages=self.blocks.num_available,
             num_total_pages=self.blocks.book.num_pages,
             tokens_per_s=1.0 / pace.token_s if pace else 0.0,
-            ship_bytes_per_s=self._shipped.per_s,
+            ship_bytes_per_s=self._meter.ship_bytes_per_s,
             fixed_s=pace.fixed_s if pace else 0.0,
         )
 
@@ -158,7 +156,7 @@ class PrefillWorker:
         except Exception as error:
             self._fail(tasks, error)
             return
-        self._measure(plan, ran.took_s)
+        self._meter.step(len(plan), sum(chunk.end - chunk.start for chunk in plan), ran.took_s)
         self._commit(plan, tasks, *ran.result)
         self._reassure()
         await self._shadows.compare_all()
@@ -167,7 +165,7 @@ class PrefillWorker:
         return step_room(
             self._config.chunk_tokens,
             self._runner.pool.page_size,
-            tokens_per_s=self._recent.per_s,
+            tokens_per_s=self._meter.recent_tokens_per_s,
             max_s=self._compute.max_prefill_s,
         )
 
@@ -191,10 +189,8 @@ class PrefillWorker:
 
     def _show_state(self) -> None:
         oldest_wait_s = self._clock() - self._queue[0].arrived_s if self._queue else 0.0
-        self._metrics.set_queue(len(self._queue), oldest_wait_s)
-        self._metrics.set_running(len(self._admitted) + len(self._shipping))
-        book = self.blocks.book
-        self._metrics.set_pages(book.num_free, book.num_held, book.num_cached)
+        num_running = len(self._admitted) + len(self._shipping)
+        self._meter.state(len(self._queue), oldest_wait_s, num_running, self.blocks.book)
 
     def _start(self, task: Task) -> bool:
         """Whether there are blocks for `task` now."""
@@ -236,7 +232,7 @@ class PrefillWorker:
             self._shadows.add(task.request.pack, shadow, task.blocks, task.num_tokens, token.token_id)
         self._retire(task)
         if isinstance(token, InternalError):
-            self._count_failure(token)
+            self._meter.failed(token)
             task.outbox.fail(token)
             return
         task.outbox.put(FirstToken(token, task.num_cached))
@@ -248,7 +244,7 @@ class PrefillWorker:
         )
         task.shipped = shipped
         task.outbox.put(shipped)
-        self._observe(task, shipped)
+        self._meter.finished(task, shipped)
 
     def _retire(self, task: Task) -> None:
         """Nothing more is computed; what is left is shipping."""
@@ -265,7 +261,7 @@ class PrefillWorker:
         log_event(log, logging.ERROR, "step failed", exc_info=error, answers=answers)
         for task in tasks:
             if not task.cancelled:  # nobody listens; the next step begins by retiring it
-                self._count_failure(reported)
+                self._meter.failed(reported)
                 self._retire(task)
                 task.outbox.fail(reported)
 
@@ -275,7 +271,7 @@ class PrefillWorker:
         try:
             self._refuse(request)
         except PacklightError:
-            self._metrics.count_request("refused")
+            self._meter.refused()
             raise
         spec, pool = self._runner.model.spec, self._runner.pool
         transport, sender = self._dispatch.connect(request.transports)
@@ -314,8 +310,7 @@ class PrefillWorker:
 
     def _leave(self, task: Task) -> None:
         """The reader is gone, with or without having read everything."""
-        if task.stage in (Stage.QUEUED, Stage.PREFILLING):
-            self._metrics.count_request("cancelled")
+        self._meter.left(task)
         if task.stage is Stage.PREFILLING:
             task.cancelled = True  # its step may be running: the next one begins by retiring it
         else:
@@ -324,11 +319,6 @@ class PrefillWorker:
             self._close(task)
         if task.marks is not None:
             tell_span(task, task.marks, self._clock())
-        self._shipped.add(task.outbox.sent.amount, task.outbox.sent.elapsed_s)
-        if task.outbox.is_complete:
-            time = task.outbox.time
-            self._metrics.observe_shipping(task.transport, time.busy_s, time.exposed_s)
-            self._metrics.count_layers(task.transport, time.num_inline, time.num_beside)
         self._wake.set()
 
     def _close(self, task: Task) -> None:
@@ -337,27 +327,3 @@ class PrefillWorker:
         task.stage = Stage.CLOSED
         if task.sender is not None:
             task.sender.release()
-
-    def _count_failure(self, error: PacklightError) -> None:
-        self._metrics.count_request("failed")
-        self._metrics.count_error(type(error).__name__)
-
-    def _observe(self, task: Task, shipped: Shipped) -> None:
-        self._metrics.count_request("completed")
-        self._metrics.observe_queue(shipped.queue_s)
-        self._metrics.observe_prefill(task.num_tokens, task.num_cached, shipped.prefill_s, shipped.select_s)
-        self._metrics.observe_shipment(
-            task.request.pack.recipe,
-            shipped.num_kept_tokens,
-            shipped.shipped_bytes,
-            shipped.exact_bytes,
-            shipped.retained_mass,
-        )
-
-    def _measure(self, plan: Sequence[ChunkPlan], elapsed_s: float) -> None:
-        num_tokens = sum(chunk.end - chunk.start for chunk in plan)
-        self._metrics.observe_step(len(plan), num_tokens, elapsed_s)
-        self._recent.add(num_tokens, elapsed_s)
-        if self._is_warm:  # what the first step of a process takes says nothing of the next
-            self._timer.add(num_tokens, elapsed_s)
-        self._is_warm = True

@@ -77,7 +77,7 @@ async def test_nobody_s_answer_waits_for_a_local_prefill_while_a_prefill_worker_
     """Both are known for a thousand tokens a second: to an answer that runs, a prompt of 100 would be felt."""
     async with fleet_of_fakes(num_prefill=1, num_decode=1, local_tokens=128) as fleet:
         for worker in (fleet["prefill-0"].worker, fleet["decode-0"].beside.worker):
-            worker._timer.add(1000, 1.0)
+            worker._meter._timer.add(1000, 1.0)
         await fleet.beat()
         fleet["decode-0"].gate.is_open = False
         running = asyncio.create_task(answer(fleet, LONG, 20))
@@ -125,7 +125,7 @@ async def test_when_prefill_dies_long_prompts_go_on_where_they_fit():
     async with fleet_of_fakes(num_prefill=1, num_decode=2, local_tokens=128) as fleet:
         for member in fleet.members.values():
             if member.beside:  # so slow that nobody would choose it
-                member.beside.worker._timer.add(10, 10.0)
+                member.beside.worker._meter._timer.add(10, 10.0)
         await fleet.beat()
         await answer(fleet, LONG)
         assert fleet.load_of(Role.PREFILL) == [1]
