@@ -52,7 +52,18 @@ class Goal:
         return value <= self.goal if self.at_most else value >= self.goal
 
 
-PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "--timeout=240")
+PYTEST = (
+    "-m",
+    "pytest",
+    "-q",
+    "-m",
+    "gpu",
+    "tests/gpu",
+    "tests/unit/transfer/test_gpu.py",
+    "-p",
+    "no:cacheprovider",
+    "--timeout=240",
+)
 PARTS = (
     Part("kernels", ("-m", "tests.gpu.kernels"), 240.0),  # compiled side by side, not one by one as tests ask for them
     Part("tests", PYTEST, 270.0),
