@@ -35,6 +35,7 @@ CONTRADICTIONS = {
     ('config.index.redis_url="redis://elsewhere"',): "redis.external",
     ('config.router.api_keys_file="/etc/packlight/api-keys"',): "router.apiKeys.secret.name",
     ('router.apiKeys.secret.name="keys"',): "/etc/packlight/api-keys",
+    ("config.decode.tensor_parallel=2", "decode.gpu.count=1"): "config.decode.tensor_parallel: 2 ranks",
     ("redis.bundled.enabled=false",): "redis.external.urlSecret.name",
     ('redis.external.url="redis://elsewhere:6379/0"',): "bundled.enabled",
     ("ingress.enabled=true",): "ingress.hosts",

@@ -38,7 +38,12 @@
   {{- fail "config.index.redis_url: would differ from the fleet's: use redis.external" -}}
 {{- end -}}
 {{- range $role := list "prefill" "decode" -}}
-  {{- $scaling := (include "packlight.pool" (dict "root" $ "role" $role) | fromJson).autoscaling -}}
+  {{- $pool := include "packlight.pool" (dict "root" $ "role" $role) | fromJson -}}
+  {{- $ranks := (get $config $role).tensor_parallel | default 1 | int -}}
+  {{- if and $pool.gpu.count (gt $ranks (int $pool.gpu.count)) -}}
+    {{- fail (printf "config.%s.tensor_parallel: %d ranks need as many GPUs: raise gpu.count, which is %v" $role $ranks $pool.gpu.count) -}}
+  {{- end -}}
+  {{- $scaling := $pool.autoscaling -}}
   {{- if gt $scaling.minReplicas $scaling.maxReplicas -}}
     {{- fail (printf "%s.autoscaling: minReplicas %v is more than maxReplicas %v" $role $scaling.minReplicas $scaling.maxReplicas) -}}
   {{- end -}}

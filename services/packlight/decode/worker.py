@@ -26,7 +26,6 @@ from packlight.core.errors import (
     ShipmentCorrupt,
     WorkerError,
 )
-from packlight.core.rate import Rate
 from packlight.core.shipping import Accepted, FirstToken, Shipped, compatibility_hash
 from packlight.core.types import (
     Failed,
@@ -42,7 +41,7 @@ from packlight.core.types import (
 )
 from packlight.decode.fetch import Fetcher, PrefillClients
 from packlight.decode.memory import DecodeMemory
-from packlight.decode.pair_rates import PairRates
+from packlight.decode.meter import Meter
 from packlight.decode.spans import end_span
 from packlight.decode.step import run_step
 from packlight.decode.task import Sink, Stage, Task
@@ -73,9 +72,9 @@ class DecodeWorker:
         clock: Clock = time.monotonic,
     ) -> None:
         self._config, self._runner, self._compute = config, runner, compute
-        self._metrics, self._tracer, self._clock = metrics, tracer, clock
+        self._meter, self._tracer, self._clock = Meter(metrics), tracer, clock
+        self._on_graph_step = metrics.count_graph_step
         self._memory = DecodeMemory(runner.model.spec, runner.pool, num_rows=config.max_batch)
-        self._pairs = PairRates()
         site = Site(
             config.host,
             config.advertise,
@@ -88,7 +87,6 @@ class DecodeWorker:
         self._admitted: list[Task] = []
         self._stepping: list[Task] = []
         self._wake = asyncio.Event()
-        self._steps = Rate()
         self.draining = False
 
     # ── the public side ──────────────────────────────────────────────────────────────────────────────────────────
@@ -117,7 +115,7 @@ class DecodeWorker:
         try:
             task = self._accept(traced(request, span), sink, span)
         except PacklightError as error:
-            self._metrics.count_request("refused")
+            self._meter.ended("refused")
             span.end(span_error(error))
             raise
         task.alarm = asyncio.get_running_loop().call_later(request.deadline_s, self._overdue, task)
@@ -128,14 +126,14 @@ class DecodeWorker:
     def cancel(self, task: Task) -> None:
         """Nobody wants the rest. Frees everything now, or right after the step that is running. Idempotent."""
         if task.stage is not Stage.CLOSED and not task.cancelled:
-            self._metrics.count_request("cancelled")
+            self._meter.ended("cancelled")
         self._end(task)
 
     def prepare(self, on_progress: Callable[[str], None]) -> None:
         """What takes long and can be done before the first request: on GPUs, steps are captured."""
         runner, memory, graphs = self._runner, self._memory, self._config.graphs
         if isinstance(runner, GraphedRunner):
-            runner.on_mode = self._metrics.count_graph_step
+            runner.on_mode = self._on_graph_step
             readings = memory.readings(graphs.recipes, graphs.read_tokens)
             runner.prepare(memory.table, memory.summaries, readings, on_progress=on_progress)
 
@@ -159,8 +157,8 @@ class DecodeWorker:
             num_queued=len(self._queue),
             num_free_pages=self._memory.reservations.num_free,
             num_total_pages=self._memory.reservations.num_total,
-            step_s=1 / self._steps.per_s if self._steps.per_s else 0.0,
-            link_bytes_per_s=self._pairs.bytes_per_s(),
+            step_s=self._meter.step_s,
+            link_bytes_per_s=self._meter.link_bytes_per_s,
         )
 
     def drain(self) -> None:
@@ -194,8 +192,8 @@ class DecodeWorker:
             return
         finally:
             self._stepping = []
-        self._metrics.observe_stall(ran.waited_s)
-        self._commit(batch, ran.result, ran.took_s)
+        self._meter.step(len(batch), ran.waited_s, ran.took_s)
+        self._commit(batch, ran.result)
 
     def _join(self) -> list[Task]:
         """Close what was cancelled during the last step; everything whose pages are here runs."""
@@ -206,7 +204,7 @@ class DecodeWorker:
                 task.stage = Stage.RUNNING
         return [task for task in self._admitted if task.stage is Stage.RUNNING]
 
-    def _commit(self, batch: Sequence[Task], tokens: Sequence[Token | InternalError], elapsed_s: float) -> None:
+    def _commit(self, batch: Sequence[Task], tokens: Sequence[Token | InternalError]) -> None:
         self._memory.advance(task.holding for task in batch)
         for task, token in zip(batch, tokens, strict=True):
             if task.cancelled:
@@ -215,8 +213,6 @@ class DecodeWorker:
                 self._fail(task, token)
             else:
                 self._emit(task, token)
-        self._steps.add(1, elapsed_s)
-        self._metrics.observe_step(len(batch), elapsed_s)
         self._admit()
 
     def _emit(self, task: Task, token: Token) -> None:
@@ -224,7 +220,7 @@ class DecodeWorker:
         task.add(token)
         if len(task.generated) == 2:
             task.note(first_step_s=self._clock() - task.ready_s)
-            self._metrics.observe_first_step(task.timings.first_step_s)
+            self._meter.first_step(task)
         task.sink(Tokens(task.request.request_id, (token,)))
         reason = task.request.stop.ends(token.token_id, task.num_generated)
         if reason is not None:
@@ -265,28 +261,11 @@ class DecodeWorker:
             raise ShipmentCorrupt("the shipment ended without a first token")
         self._memory.settle(task.holding)
         task.become_ready(shipped, self._clock())
-        self._metrics.observe_transfer(task.timings.transfer_s)
-        self._note_pace(task, shipped)
-        usage = task.usage()
-        kv = usage.kv
-        self._metrics.observe_shipment(
-            kv.recipe, kv.num_kept_tokens, kv.shipped_bytes, kv.exact_bytes, kv.retained_mass
-        )
-        task.sink(Progress(task.request.request_id, usage))
+        self._meter.arrived(task, shipped)
+        task.sink(Progress(task.request.request_id, task.usage()))
         self._admit()
         self._tell_compute()
         self._wake.set()
-
-    def _note_pace(self, task: Task, shipped: Shipped) -> None:
-        prefill_id, before = task.request.prefill_id, self._pairs.transport_of(task.request.prefill_id)
-        pace = self._pairs.note(prefill_id, task.transport, shipped.shipped_bytes, shipped.ship_s)
-        if pace is None:
-            return
-        if before is not None and before != task.transport:
-            self._metrics.forget_link(prefill_id, before)
-        self._metrics.set_link_pace(prefill_id, task.transport, pace)
-        if (oldest := self._pairs.forget_oldest()) is not None:
-            self._metrics.forget_link(*oldest)
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -303,24 +282,21 @@ class DecodeWorker:
         while self._queue and self._memory.open(self._queue[0].holding):
             task = self._queue.pop(0)
             task.admit(self._clock())
-            self._metrics.observe_queue(task.timings.decode_queue_s)
+            self._meter.admitted(task)
             self._admitted.append(task)
             task.fetch = asyncio.create_task(self._fetch(task))
         oldest_wait_s = self._clock() - self._queue[0].arrived_s if self._queue else 0.0
-        self._metrics.set_queue(len(self._queue), oldest_wait_s)
-        self._metrics.set_running(len(self._admitted))
-        self._metrics.set_pages(self._memory.book.num_free, self._memory.book.num_held, 0)
+        self._meter.state(len(self._queue), oldest_wait_s, len(self._admitted), self._memory.book)
 
     def _finish(self, task: Task, reason: FinishReason) -> None:
-        self._metrics.count_request("completed")
+        self._meter.ended("completed")
         task.outcome = reason
         task.sink(Finished(task.request.request_id, reason, task.usage()))
         self._end(task)
 
     def _fail(self, task: Task, error: PacklightError) -> None:
         if task.stage is not Stage.CLOSED and not task.cancelled:
-            self._metrics.count_request("failed")
-            self._metrics.count_error(type(error).__name__)
+            self._meter.ended("failed", error)
             task.outcome = error
             task.sink(Failed(task.request.request_id, error))
         self._end(task)

@@ -62,7 +62,7 @@ async def test_a_pairs_link_is_measured_by_its_shipments(transport):
         assert len(LONG) * 16 > LEAST_BYTES
         rates = pair.decode.load().link_bytes_per_s
         assert rates.keys() == {"prefill-0"}
-        shown = pair.decode._metrics._link_pace.labels("prefill-0", transport)._value.get()
+        shown = pair.decode._meter._metrics._link_pace.labels("prefill-0", transport)._value.get()
         assert shown == rates["prefill-0"] > 1e5
 
 
