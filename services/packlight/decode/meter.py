@@ -14,6 +14,7 @@ from packlight.core.types import WorkerId
 from packlight.decode.pair_rates import PairRates
 from packlight.decode.task import Task
 from packlight.kv.pages import PageBook
+from packlight.kv.shards import ShardedPageBook
 from packlight.telemetry.metrics import DecodeMetrics
 
 
@@ -36,7 +37,7 @@ class Meter:
         self._steps.add(1, took_s)
         self._metrics.observe_step(num_rows, took_s)
 
-    def state(self, num_queued: int, oldest_wait_s: float, num_running: int, book: PageBook) -> None:
+    def state(self, num_queued: int, oldest_wait_s: float, num_running: int, book: PageBook | ShardedPageBook) -> None:
         self._metrics.set_queue(num_queued, oldest_wait_s)
         self._metrics.set_running(num_running)
         self._metrics.set_pages(book.num_free, book.num_held, 0)

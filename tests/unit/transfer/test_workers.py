@@ -29,7 +29,7 @@ def transport(request):
 
 
 def layers_of(pair, transport, way):
-    return pair.prefill._metrics._layers.labels(transport, way)._value.get()
+    return pair.prefill._meter._metrics._layers.labels(transport, way)._value.get()
 
 
 async def until_layers_go_beside(pair, transport):
