@@ -19,6 +19,7 @@ from packaging.version import Version
 from deploy import tools
 from deploy.chart import ROOT
 from packlight.core.config import build_config
+from packlight.native.variants import VARIANTS, cpu_flags, supported
 from tests.deploy.image_build import Image, context_files
 from tests.deploy.support import (
     DOCKERFILE,
@@ -114,6 +115,20 @@ def test_the_router_image_s_steps_make_a_router(tmp_path: Path) -> None:
         assert json.loads(unready.stdout)["model"] == "smollm2"
         assert process.end() == 0
     assert _files(tmp_path / "opt") == before
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(1800)  # it installs torch, and compiles five forms of the kernels
+def test_the_worker_image_s_steps_make_a_worker_that_needs_no_compiler(tmp_path: Path) -> None:
+    image = Image(tmp_path)
+    image.build("worker-cpu")
+    assert image.run("packlight", "--version").stdout.startswith("packlight ")
+    kernels = tmp_path / "opt/packlight/lib/python3.11/site-packages/packlight/native/prebuilt"
+    assert {path.name.split("-")[1] for path in kernels.glob("*.so")} == {variant.name for variant in VARIANTS}
+    asked = "from packlight.native.library import open_library; print(open_library().variant.name)"
+    image.environ["PATH"] = str(tmp_path / "opt/packlight/bin")
+    assert image.run("python", "-c", asked).stdout.strip() == supported(cpu_flags())[0].name
 
 
 # ── compose ──────────────────────────────────────────────────────────────────────────────────────────────────────────
