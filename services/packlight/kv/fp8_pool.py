@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from packlight.core.errors import ConfigError
 from packlight.core.types import ModelSpec
 from packlight.kv.pages import PageIds
-from packlight.kv.pool import block_bytes, zeros_on_first_touch
+from packlight.kv.pool import blocks_that_fit, zeros_on_first_touch
 
 E4M3 = torch.float8_e4m3fn
 
@@ -39,10 +38,8 @@ class FP8Pool:
         cls, spec: ModelSpec, *, memory_bytes: int, page_size: int, dtype: torch.dtype, device: str = "cpu"
     ) -> FP8Pool:
         """As many blocks as fit into `memory_bytes`. Raises ConfigError if not even one does."""
-        each = block_bytes(spec, page_size, E4M3)
-        if memory_bytes < each:
-            raise ConfigError(f"kv_memory_bytes: one block of {page_size} tokens needs {each}, got {memory_bytes}")
-        return cls(spec, num_blocks=memory_bytes // each, page_size=page_size, dtype=dtype, device=device)
+        num_blocks = blocks_that_fit(spec, memory_bytes, page_size, E4M3)
+        return cls(spec, num_blocks=num_blocks, page_size=page_size, dtype=dtype, device=device)
 
     @property
     def num_head_pages(self) -> int:

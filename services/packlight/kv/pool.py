@@ -32,6 +32,14 @@ def block_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
     return page_size * spec.kv_bytes_per_token(dtype.itemsize)
 
 
+def blocks_that_fit(spec: ModelSpec, memory_bytes: int, page_size: int, dtype: torch.dtype) -> int:
+    """Raises ConfigError if not even one does."""
+    each = block_bytes(spec, page_size, dtype)
+    if memory_bytes < each:
+        raise ConfigError(f"kv_memory_bytes: one block of {page_size} tokens needs {each}, got {memory_bytes}")
+    return memory_bytes // each
+
+
 def zeros_on_first_touch(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """Zeros that take no memory on the CPU until they are written, aligned to cache lines.
 
@@ -136,10 +144,8 @@ class KVPool:
         cls, spec: ModelSpec, *, memory_bytes: int, page_size: int, dtype: torch.dtype, device: str = "cpu"
     ) -> KVPool:
         """As many blocks as fit into `memory_bytes`. Raises ConfigError if not even one does."""
-        each = block_bytes(spec, page_size, dtype)
-        if memory_bytes < each:
-            raise ConfigError(f"kv_memory_bytes: one block of {page_size} tokens needs {each}, got {memory_bytes}")
-        return cls(spec, num_blocks=memory_bytes // each, page_size=page_size, dtype=dtype, device=device)
+        num_blocks = blocks_that_fit(spec, memory_bytes, page_size, dtype)
+        return cls(spec, num_blocks=num_blocks, page_size=page_size, dtype=dtype, device=device)
 
     @property
     def num_head_pages(self) -> int:
