@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from packlight.core.config import build_config
+from packlight.core.config_tree import build_config
 from packlight.core.errors import InternalError, InvalidRequest
-from packlight.core.types import PackSpec, Role
+from packlight.core.types import PackSpec
+from packlight.core.workers import Role
 from packlight.engine.build import build_model
 from packlight.engine.engine import LocalEngine, ParallelEngine
 from packlight.engine.parallel.crew import Crew
@@ -52,10 +53,10 @@ def prompt_of(num_tokens, seed=0):
 class Sides:
     """One model: as plain transformers, in this process, and in two."""
 
-    def __init__(self, folder, family):
+    def __init__(self, folder, family, *more):
         self.plain = eager_model(family)
         write_model_folder(folder, self.plain)
-        self.config = settings_for(folder)
+        self.config = settings_for(folder, *more)
         opened = open_model(self.config.model, on_progress=print)
         self.spec = opened.spec
         model = build_model(opened, self.config.model, Role.PREFILL, on_progress=print)
@@ -95,6 +96,14 @@ def sides(request, tmp_path_factory):
     found.engines[2].close()
 
 
+@pytest.fixture
+def sides_of_dummies(tmp_path):
+    more = ("model.weights=dummy", f"model.cache_dir={tmp_path}", "prefill.attention=auto", "decode.attention=auto")
+    found = Sides(tmp_path / "shape", "qwen3-moe", *more)
+    yield found
+    found.engines[2].close()
+
+
 one_family = pytest.mark.parametrize("sides", FAMILIES[:1], indirect=True)
 PROMPTS = [prompt_of(length, seed=length) for length in (150, 7, 16, 90)]
 
@@ -126,14 +135,51 @@ async def test_methods_that_look_across_heads(sides, pack):
         assert await sides.answers(ways, PROMPTS, pack) == expected
 
 
+@pytest.mark.parametrize(
+    ("sides", "pack"),
+    [
+        ("llama", PackSpec("quest", budget_tokens=48)),
+        ("llama", PackSpec("rocketkv", budget_tokens=48, window=8)),
+        ("llama", PackSpec("freekv", budget_tokens=48)),  # remembers the last query of each row
+        ("gemma3", PackSpec("freekv", budget_tokens=32, params=(("cosine", -1.0),), codec="int8")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.recipe,
+    indirect=["sides"],
+)
+async def test_pages_are_chosen_where_they_are(sides, pack):
+    """Each rank summarises, rates and chooses the pages of its own heads."""
+    expected = await sides.answers((1, 1), PROMPTS, pack)
+    assert expected != await sides.answers((1, 1), PROMPTS, replace(pack, budget_tokens=4096)), "nothing was chosen"
+    for ways in WAYS:
+        assert await sides.answers(ways, PROMPTS, pack) == expected
+
+
+@one_family
+async def test_rows_that_are_read_in_several_ways_share_a_batch(sides):
+    packs = [PackSpec("quest", budget_tokens=48), None, PackSpec("freekv", budget_tokens=32), SNAPKV]
+    async with sides.pair(2, 1) as one, sides.pair(1, 2) as two:
+        for decode in one, two:
+            requests = [request_for(PROMPTS[0], pack, f"r{number}") for number, pack in enumerate(packs)]
+            alone = [
+                await answer(decode, replace(request, request_id=f"{request.request_id}a")) for request in requests
+            ]
+            assert await asyncio.gather(*(answer(decode, request) for request in requests)) == alone
+
+
 @one_family
 async def test_what_a_divided_pool_cannot_do_is_refused(sides):
-    quest = PackSpec("quest", budget_tokens=32)
+    evicts = PackSpec("h2o", budget_tokens=48, window=8, params=(("evict", 1.0),))
     async with sides.pair(2, 1) as decode:
-        assert len(await answer(decode, request_for(PROMPTS[0], quest))) == NUM_TOKENS
+        assert len(await answer(decode, request_for(PROMPTS[0], evicts))) == NUM_TOKENS
     async with sides.pair(1, 2) as decode:
-        with pytest.raises(InvalidRequest, match=r"'quest' reads pages .* decode.tensor_parallel=2"):
-            await answer(decode, request_for(PROMPTS[0], quest))
+        with pytest.raises(InvalidRequest, match=r"evicts while it decodes.* decode.tensor_parallel=2"):
+            await answer(decode, request_for(PROMPTS[0], evicts))
+
+
+async def test_a_model_of_drawn_weights_is_the_same_in_two_ranks(sides_of_dummies):
+    for pack in None, SNAPKV:
+        expected = await sides_of_dummies.answers((1, 1), PROMPTS, pack)
+        assert await sides_of_dummies.answers((2, 2), PROMPTS, pack) == expected
 
 
 @one_family
@@ -152,7 +198,7 @@ def test_a_hook_that_raises_fails_its_step_and_no_other(sides):
     expected = runner.prefill([work])
     layers = []
 
-    def break_in_the_second(layer, q_THD, scale):
+    def break_in_the_second(layer, queries):
         layers.append(layer)
         if layer == 1:
             raise InternalError("no token can be preferred")

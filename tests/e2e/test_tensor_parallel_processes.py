@@ -1,18 +1,23 @@
 """Real processes: a rank that dies ends its worker, and ranks end with it. What cannot be divided is told at start."""
 
 import asyncio
+import json
 import os
 import signal
+import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
-from packlight.core.config import build_config
+from packlight.core.config_tree import build_config
 from packlight.core.errors import ConfigError, InternalError, WorkerLost
-from packlight.core.types import Role
+from packlight.core.workers import Role
 from packlight.embedded import Embedded
 from packlight.engine.engine import open_engine
+from packlight.engine.parallel.followers import Followers
+from packlight.engine.parallel.messages import Kind, Message
 from packlight.engine.runner import ChunkWork
 from packlight.models.opened import open_model
 from tests.e2e.helpers import client_of
@@ -108,3 +113,57 @@ def test_a_decode_process_of_two_ranks_serves_and_ends_with_its_follower(folder)
         os.kill(follower, signal.SIGKILL)
         cluster.process.wait_for(r"decode-0 ended unasked, with exit code [1-9]", timeout_s=30)
         eventually(lambda: not is_alive(follower))
+
+
+TIMEOUT_S = 5.0
+
+
+def events_of(response):
+    """What a stream says, but for its end mark."""
+    lines = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
+    return (json.loads(line) for line in lines if line != "[DONE]")
+
+
+def is_terminal(event):
+    return "error" in event or any(choice["finish_reason"] for choice in event["choices"])
+
+
+@needs_proc
+def test_a_frozen_rank_ends_its_worker_and_the_request_gets_one_error(folder):
+    settings = (f"model.path={folder}", *SMALL, "decode.tensor_parallel=2", f"decode.rank_timeout_s={TIMEOUT_S}")
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    body = {"model": "llama", "prompt": "in the morning", "max_tokens": 220, "stream": True, "ignore_eos": True}
+    with (
+        running_cluster("--prefill", "0", "--decode", "1", *flags) as cluster,
+        httpx.Client(trust_env=False, timeout=60.0) as client,
+        client.stream("POST", f"{cluster.url}/v1/completions", json=body) as response,
+    ):
+        (follower,) = children(cluster.pid("decode-0"))
+        events = events_of(response)
+        told = [next(events) for _ in range(4)]
+        os.kill(follower, signal.SIGSTOP)
+        frozen_at = time.monotonic()
+        told += events
+        waited_s = time.monotonic() - frozen_at
+        assert [is_terminal(event) for event in told] == [False] * (len(told) - 1) + [True]
+        assert told[-1]["error"]["type"] == "server_error"
+        assert waited_s > TIMEOUT_S / 2, "it was not waited for"
+        assert waited_s < TIMEOUT_S + 10.0
+        cluster.process.wait_for(
+            r"a rank of this worker failed, and the others with it: .*[Tt]imed? ?out", timeout_s=30
+        )
+        cluster.process.wait_for(r"decode-0 ended unasked, with exit code [1-9]", timeout_s=30)
+        eventually(lambda: not is_alive(follower))
+
+
+def test_a_rank_that_does_not_read_is_given_up():
+    """Before a step begins there is nobody to notice but who writes."""
+    followers = Followers(2, timeout_s=0.5)
+    try:
+        os.kill(followers.pids[0], signal.SIGSTOP)
+        message = Message(Kind.STORE, arrays=[np.arange(1 << 17)])  # more than a pipe holds
+        with pytest.raises(WorkerLost, match=r"rank 1 of this worker took nothing for 0.5 s \(rank_timeout_s\)"):
+            followers.tell(1, message)
+    finally:
+        followers.kill()
+        followers.close()

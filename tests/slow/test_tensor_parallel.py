@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from packlight.core.config import build_config
+from packlight.core.config_tree import build_config
 from packlight.core.types import PackSpec
 from packlight.engine.engine import LocalEngine, ParallelEngine
 from packlight.engine.parallel.crew import Crew
@@ -16,7 +16,11 @@ from tests.support.real_pair import greedy
 pytestmark = pytest.mark.slow
 
 RANKS, NUM_TOKENS = 3, 12
-PACKS = {"none": PackSpec(), "snapkv": PackSpec("snapkv", budget_tokens=96, window=16)}
+PACKS = {
+    "none": PackSpec(),
+    "snapkv": PackSpec("snapkv", budget_tokens=96, window=16),
+    "rocketkv": PackSpec("rocketkv", budget_tokens=64, window=16),
+}
 STORY = "The mill stood by the river, and every morning the miller counted the sacks, {} of them. "
 
 

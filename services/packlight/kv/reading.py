@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -90,16 +90,26 @@ class RuledReader(PageReader, Protocol):
     def rule(self) -> PageRule: ...
 
 
+class ReaderKey(NamedTuple):
+    """What a reader is made from, by its name in the registry: two readers of one key score alike, wherever they are.
+    What they remember of rows is their own."""
+
+    name: str
+    constants: tuple[tuple[str, float], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """How one row is read. Rows of a batch that hold the same `reader` object are scored in one call.
 
     `num_pages` >= MIN_PAGES is the most that a KV head reads in a step; a head that has no more reads them all. Layers
-    before `num_dense_layers`, and layers with a sliding window, read everything."""
+    before `num_dense_layers`, and layers with a sliding window, read everything. `key` is the reader's, where another
+    process has to read its share of the row alike."""
 
     reader: PageReader
     num_pages: int
     num_dense_layers: int = 0
+    key: ReaderKey | None = None
 
     def __post_init__(self) -> None:
         assert self.num_pages >= MIN_PAGES, f"a head reads at least {MIN_PAGES} pages, not {self.num_pages}"

@@ -7,11 +7,21 @@ and K KV heads, shard s has the pages `[s * m, (s + 1) * m)` and the heads `[s *
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from packlight.kv.pages import OutOfPages, PageBook, PageIds
+from packlight.kv.summaries import SummaryWriter
+
+
+@runtime_checkable
+class SummarisedPool(Protocol):
+    """A pool whose shards have the summaries of their pages themselves."""
+
+    @property
+    def summaries(self) -> SummaryWriter: ...
 
 
 class ShardedPageBook:

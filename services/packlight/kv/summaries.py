@@ -10,10 +10,20 @@ arXiv 2406.10774). They take 1/P of the pool's memory, and only where a row with
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from packlight.kv.pool import zeros_on_first_touch
+
+
+class SummaryWriter(Protocol):
+    """Who summarises pages as they arrive."""
+
+    def build(self, pages_X: Tensor, k_XPD: Tensor, num_tokens_X: Tensor) -> None:
+        """See `PageSummaries.build`. The pages themselves are in the pool."""
+        ...
 
 
 class PageSummaries:

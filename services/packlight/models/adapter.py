@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,45 +64,57 @@ def load_transformers_model(
     device: str,
     on_progress: Callable[[str], None],
     num_ranks: int = 1,
-    divide: Callable[[Any], Any] | None = None,
+    make: Callable[[ModelFolder, ModelSpec, str], Any] | None = None,
 ) -> TransformersModel:
-    """See `packlight.models.base.load_model`. With `divide`, which may keep a part of each matrix, attention is to see
-    1 / `num_ranks` of the heads."""
+    """See `packlight.models.base.load_model`. `make(folder, spec, device)` is who reads or draws the weights; it may
+    keep a part of each matrix, so that attention sees 1 / `num_ranks` of the heads."""
     refuse_unsupported(read_json(folder.path / "config.json"), where=str(folder.path))
     transformers.AttentionInterface.register(ATTENTION_NAME, attend)
     on_progress(f"loading the weights of {folder.name} in {spec.dtype}")
     with _explained(folder), _no_progress_bars():
-        model = _dummy(folder, spec, device) if folder.is_dummy else _read(folder, spec)
-        model = model.eval() if divide is None else divide(model.eval())
-        loaded = TransformersModel(model.to(device), spec)
+        model = (make or _make)(folder, spec, device)
+        loaded = TransformersModel(model.eval().to(device), spec)
         _prove(loaded, config=model.config, device=device, num_ranks=num_ranks)
     return loaded
 
 
-def _read(folder: ModelFolder, spec: ModelSpec) -> Any:
-    model, report = _model_class(folder).from_pretrained(
-        folder.path,
+def _make(folder: ModelFolder, spec: ModelSpec, device: str) -> Any:
+    return _dummy(folder, spec, device) if folder.is_dummy else read_model(model_class(folder), folder.path, spec)
+
+
+def read_model(found: Any, path: Path | None, spec: ModelSpec, **options: Any) -> Any:
+    """A model of the class `found` with the weights at `path`, in the host's memory; `options` are further ones of
+    transformers' `from_pretrained`. Raises ModelError if weights are missing or have other shapes."""
+    model, report = found.from_pretrained(
+        path,
         dtype=getattr(torch, spec.dtype),
         attn_implementation=ATTENTION_NAME,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are in the report, with their names
+        **options,
     )
-    _require_complete(report, folder)
+    _require_complete(report)
     return model
 
 
 def _dummy(folder: ModelFolder, spec: ModelSpec, device: str) -> Any:
     """Made where it is used: a model of many gigabytes never passes through the host."""
-    model_class, dtype = _model_class(folder), getattr(torch, spec.dtype)
-    config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True)
+    dtype = getattr(torch, spec.dtype)
     with torch.device(device):
-        model = model_class._from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+        model = undrawn_model(folder, spec)
     for name, parameter in model.named_parameters():
         parameter.data = dummy_tensor(name, parameter.shape, dtype, device)
     model.tie_weights()
     return model
+
+
+def undrawn_model(folder: ModelFolder, spec: ModelSpec) -> Any:
+    """The model of a folder without weights, on torch's default device."""
+    config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True)
+    dtype = getattr(torch, spec.dtype)
+    return model_class(folder)._from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
 
 
 def attend(
@@ -175,20 +188,21 @@ def _prove(model: TransformersModel, *, config: Any, device: str, num_ranks: int
         raise ModelError(f"sliding_window {slides} does not reach its attention (if it has no use for it, unset it)")
 
 
-def _model_class(folder: ModelFolder) -> Any:
+def model_class(folder: ModelFolder) -> Any:
+    """transformers' class for `folder`. Raises ModelError if it has none that our attention fits into."""
     config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True)
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if name is None:
         raise ModelError(f"transformers {transformers.__version__} has no causal LM of type {config.model_type!r}")
-    model_class = getattr(transformers, name)
-    if not model_class.is_backend_compatible():
+    found = getattr(transformers, name)
+    if not found.is_backend_compatible():
         raise ModelError(f"{name} does not use the attention interface of transformers {transformers.__version__}")
-    if getattr(model_class, "_is_stateful", False):
+    if getattr(found, "_is_stateful", False):
         raise ModelError(f"{name} keeps a recurrent state beside K and V")
-    return model_class
+    return found
 
 
-def _require_complete(report: Any, folder: ModelFolder) -> None:
+def _require_complete(report: Any) -> None:
     """transformers fills missing weights with random numbers and warns; here that is an error."""
     missing, mismatched = report["missing_keys"], report["mismatched_keys"]
     if missing or mismatched:

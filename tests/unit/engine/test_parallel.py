@@ -4,20 +4,25 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from packlight.compress.readers.shared import Readers
+from packlight.core.types import PackSpec
 from packlight.engine.parallel.messages import (
     Kind,
     Message,
+    encoded,
     prefill_message,
     read_message,
     works_of,
-    write_message,
 )
+from packlight.engine.parallel.readings import ReadingMirror, told_readings
 from packlight.engine.parallel.tables import TableMirror, TableSender, TableUpdate, head_slices
 from packlight.engine.runner import ChunkWork
+from packlight.kv.reading import PageQuery
 from packlight.kv.shards import ShardedPageBook
 from packlight.kv.table import HeadPageTable
 
@@ -26,10 +31,7 @@ int64s = arrays(np.int64, st.integers(0, 20), elements=st.integers(-(2**63), 2**
 
 
 def through_a_pipe(*messages):
-    pipe = io.BytesIO()
-    for message in messages:
-        write_message(pipe, message)
-    pipe.seek(0)
+    pipe = io.BytesIO(b"".join(encoded(message) for message in messages))
     read = [read_message(pipe) for _ in messages]
     with pytest.raises(EOFError):
         read_message(pipe)
@@ -49,11 +51,10 @@ def test_messages_arrive_as_they_were(kind, numbers, values, text):
 
 
 def test_a_message_that_is_cut_off_is_the_end():
-    pipe = io.BytesIO()
-    write_message(pipe, Message(Kind.KEYS, {"layer": 1}, [np.arange(5)]))
-    for num_bytes in range(len(pipe.getvalue())):
+    data = encoded(Message(Kind.KEYS, {"layer": 1}, [np.arange(5)]))
+    for num_bytes in range(len(data)):
         with pytest.raises(EOFError):
-            read_message(io.BytesIO(pipe.getvalue()[:num_bytes]))
+            read_message(io.BytesIO(data[:num_bytes]))
 
 
 works = st.builds(
@@ -143,3 +144,65 @@ def test_only_new_pages_are_told():
     again = ranks.table.open()
     assert again == row
     assert ranks.step([again]) == LAYERS * HEADS
+
+
+def new_readers():
+    return Readers(page_size=PAGE, head_dim=32, num_rows=ROWS)
+
+
+PACKS = [
+    PackSpec("quest", budget_tokens=16),
+    PackSpec("rocketkv", ratio=0.3),
+    PackSpec("freekv", budget_tokens=12, params=(("cosine", 0.1),)),
+    PackSpec("freekv", budget_tokens=12),
+    PackSpec("snapkv", budget_tokens=16),
+]
+
+
+@given(st.lists(st.tuples(st.integers(0, ROWS - 1), st.sampled_from(PACKS)), max_size=12))
+def test_rows_are_read_elsewhere_as_they_were_told(lives):
+    """By a reader of the same constants, shared by the rows that share it here."""
+    ours, mirror, readings = new_readers(), ReadingMirror(new_readers()), {}
+    for row, pack in lives:
+        readings[row] = ours.reading_of(pack, 100)
+        mirror.apply([row], told_readings([readings[row]]))
+    theirs = dict(zip(readings, mirror.of(list(readings)), strict=True))
+    for row, own in readings.items():
+        if own is None:
+            assert theirs[row] is None
+            continue
+        assert (theirs[row].key, theirs[row].num_pages, theirs[row].num_dense_layers) == (
+            own.key, own.num_pages, own.num_dense_layers)  # fmt: skip
+        assert type(theirs[row].reader) is type(own.reader)
+        for other, reading in readings.items():
+            if reading is not None:
+                assert (theirs[other].reader is theirs[row].reader) == (reading.reader is own.reader)
+
+
+def test_a_row_that_begins_a_life_is_forgotten():
+    """A reader that goes by the last query finds none."""
+    told = told_readings(
+        [new_readers().reading_of(PackSpec("freekv", budget_tokens=12, params=(("cosine", -1.0),)), 99)]
+    )
+    used, unused = ReadingMirror(new_readers()), ReadingMirror(new_readers())
+    drawn = torch.Generator().manual_seed(0)
+    bounds = torch.rand(1, 1, 3, 64, generator=drawn)
+    asked = [
+        PageQuery(
+            0, [1], torch.randn(1, 1, 1, 32, generator=drawn), 0.1, bounds, torch.ones(1, 1, 3, dtype=torch.int64)
+        )
+        for _ in range(2)
+    ]
+    for mirror in used, unused:
+        mirror.apply([1], told)
+    readers = [mirror.of([1])[0].reader for mirror in (used, unused)]
+    readers[0].score(asked[0])
+    used.apply([1], told)
+    assert torch.equal(readers[0].score(asked[1]), readers[1].score(asked[1]))
+    assert not torch.equal(readers[0].score(asked[0]), new_score(told, asked[0])), "nothing is remembered"
+
+
+def new_score(told, query):
+    mirror = ReadingMirror(new_readers())
+    mirror.apply([1], told)
+    return mirror.of([1])[0].reader.score(query)

@@ -12,7 +12,7 @@ from packlight.core.config import ModelConfig, Weights
 from packlight.core.errors import ModelError
 from packlight.models.base import load_model
 from packlight.models.dummy import shape_names
-from packlight.models.dummy_tensors import dummy_tensor
+from packlight.models.dummy_tensors import DummyParameter, dummy_tensor
 from packlight.models.folder import ModelFolder
 from packlight.models.opened import OpenedModel, open_model
 from tests.support.tiny_models import DenseAttention
@@ -112,3 +112,18 @@ def test_numbers_depend_on_the_name_alone() -> None:
 def test_a_name_that_is_neither(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"'llama'.*llama-3.1-8b, qwen3-30b-a3b, qwen3-8b"):
         opened("llama", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shape", [(5000, 300), (3, 700, 900), (2, 3, 40)], ids=["rows of many blocks", "a block a row", "one block"]
+)
+def test_a_part_of_a_parameter_is_a_part_of_the_whole(shape: tuple[int, ...]) -> None:
+    whole = dummy_tensor("a.weight", shape, torch.float32, "cpu")
+    parameter = DummyParameter("a.weight", shape, torch.float32, "cpu")
+    assert parameter.get_shape() == list(whole.shape)
+    for dim, size in enumerate(shape):
+        for start, end in ((0, size // 2), (size // 2, size), (size // 3, size - 1), (size, size)):
+            index = tuple(slice(start, end) if dim == other else slice(0, shape[other]) for other in range(len(shape)))
+            assert torch.equal(parameter[index], whole[index])
+    first, last = whole[0].flatten(), whole[-1].flatten()
+    assert abs(float(torch.corrcoef(torch.stack([first, last]))[0, 1])) < 0.5, "blocks repeat each other"

@@ -10,10 +10,11 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from packlight.compress.budget import read_budget
+from packlight.compress.parts import READERS
 from packlight.compress.readers.site import ReaderSite
-from packlight.compress.recipes import READERS, find_recipe, param_of
+from packlight.compress.recipes import find_recipe, param_of
 from packlight.core.types import PackSpec
-from packlight.kv.reading import MIN_PAGES, PageReader, Reading
+from packlight.kv.reading import MIN_PAGES, PageReader, ReaderKey, Reading
 
 
 class Readers:
@@ -22,7 +23,7 @@ class Readers:
     def __init__(self, *, page_size: int, head_dim: int, num_rows: int) -> None:
         self._site = ReaderSite(page_size, head_dim, num_rows)
         # A reader lives as long as a request's `Reading` holds it; constants are chosen by requests, without end.
-        self._readers: WeakValueDictionary[object, PageReader] = WeakValueDictionary()
+        self._readers: WeakValueDictionary[ReaderKey, PageReader] = WeakValueDictionary()
 
     def reading_of(self, spec: PackSpec, num_prompt_tokens: int) -> Reading | None:
         """How a row packed by `spec` is read, or None for densely: a dense reader, or a budget that covers the prompt.
@@ -32,22 +33,28 @@ class Readers:
         if not find_recipe(spec.recipe).reads_pages or budget >= num_prompt_tokens:
             return None
         num_pages = max(MIN_PAGES, budget // self._site.page_size)
-        return Reading(self._reader(spec, num_prompt_tokens), num_pages, _dense_layers(spec))
+        return self.reading(self._key(spec, num_prompt_tokens), num_pages, _dense_layers(spec))
+
+    def reading(self, key: ReaderKey, num_pages: int, num_dense_layers: int) -> Reading:
+        """The same of a row whose reader was chosen elsewhere."""
+        return Reading(self._reader(key), num_pages, num_dense_layers, key)
 
     def forget(self, row: int) -> None:
         """`row` was closed. Needs to be called for every row that had a reading; does no harm for others."""
         for reader in list(self._readers.values()):
             reader.forget(row)
 
-    def _reader(self, spec: PackSpec, num_prompt_tokens: int) -> PageReader:
+    def _key(self, spec: PackSpec, num_prompt_tokens: int) -> ReaderKey:
         name = find_recipe(spec.recipe).reader
         reader_class: Any = READERS.load(name)
         constants: dict[str, float] = reader_class.constants(spec, num_prompt_tokens, self._site)
-        key = (name, *constants.items())
+        return ReaderKey(name, tuple(constants.items()))
+
+    def _reader(self, key: ReaderKey) -> PageReader:
         reader: PageReader | None = self._readers.get(key)
         if reader is None:
-            reader = reader_class(**constants)
-            self._readers[key] = reader
+            reader_class: Any = READERS.load(key.name)
+            reader = self._readers[key] = reader_class(**dict(key.constants))
         return reader
 
 

@@ -32,19 +32,24 @@ class Crew:
         num_ranks: int,
         threads: int | None,
         on_progress: Callable[[str], None],
+        *,
+        timeout_s: float = 60.0,
     ) -> None:
-        """Raises StartupError if a follower ends, ModelError if the model cannot be divided."""
+        """`timeout_s` is how long one rank waits for another inside a step. Raises StartupError if a follower ends,
+        ModelError if the model cannot be divided."""
         self._failure: Exception | None = None
+        self._culprit: int | None = None
         self._num_runners = 0
         store = open_store()
-        self.followers = Followers(num_ranks)
+        self.followers = Followers(num_ranks, timeout_s)
         try:
             for rank in self.followers.ranks:
                 numbers = {"rank": rank, "num_ranks": num_ranks, "port": store.port, "threads": threads or 0}
+                numbers |= {"timeout_ms": round(timeout_s * 1000)}
                 self.followers.tell(rank, Message(Kind.OPEN, numbers, text=config.model_dump_json()))
             meeting = Meeting(store, 0, num_ranks, self.followers.check_started)
             meeting.meet("started")
-            self.group = Group(store, 0, num_ranks, rank_device(config.model.device, 0))
+            self.group = Group(store, 0, num_ranks, rank_device(config.model.device, 0), timeout_s)
             self.rank = Rank(opened, config, 0, num_ranks, meeting.meet, on_progress)
         except BaseException:
             self.followers.kill()
@@ -70,17 +75,19 @@ class Crew:
         try:
             yield
         except Exception as error:
-            self._failure = error
+            # Afterwards all have ended; of one that is frozen nobody can tell which it is.
+            self._failure, self._culprit = error, self.followers.lost
             self.followers.kill()
             raise WorkerLost(f"a rank of this worker failed: {error!r}") from error
 
     async def watch(self) -> None:
         """On the event loop, for ever: raises InternalError when a follower is gone."""
         while True:
-            lost = self.followers.lost
-            if lost is not None:
-                reason = f" after {self._failure!r}" if self._failure else ""
-                raise InternalError(f"rank {lost} of this worker is gone{reason}: a part of the model is missing")
+            if self._failure is not None:
+                which = "a rank" if self._culprit is None else f"rank {self._culprit}"
+                raise InternalError(f"{which} of this worker failed, and the others with it: {self._failure!r}")
+            if (lost := self.followers.lost) is not None:
+                raise InternalError(f"rank {lost} of this worker is gone: a part of the model is missing")
             await asyncio.sleep(WATCH_PERIOD_S)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from packlight.attention.base import LayerQueries
 from packlight.core.config import Config
 from packlight.core.errors import InternalError, StartupError
 from packlight.engine.parallel.followers import take_input
@@ -18,9 +19,8 @@ from packlight.engine.parallel.group import Group, Meeting, join_store
 from packlight.engine.parallel.messages import Kind, Message, read_message, works_of
 from packlight.engine.parallel.pools import packed_tokens
 from packlight.engine.parallel.rank import Rank, rank_device, window_of
-from packlight.engine.parallel.runner import mirror_of
-from packlight.engine.parallel.tables import TableMirror, TableUpdate
-from packlight.engine.runner import DecodeRunner, Runner
+from packlight.engine.parallel.share import PackedShare
+from packlight.engine.runner import Runner
 from packlight.models.opened import open_model
 from packlight.telemetry.logs import set_up_logging
 
@@ -32,8 +32,7 @@ class Follower:
 
     def __init__(self, pipe: BinaryIO, group: Group, rank: Rank) -> None:
         self._pipe, self._group, self._rank = pipe, group, rank
-        self._runners: list[DecodeRunner] = []
-        self._mirrors: dict[int, TableMirror] = {}
+        self._runners: list[Runner | PackedShare] = []
 
     def run(self) -> None:
         """Until the pipe ends."""
@@ -50,14 +49,13 @@ class Follower:
                 self._runners.append(self._rank.exact(message.text, message.numbers["memory_bytes"]))
             case Kind.PACKED_POOL:
                 runner = self._rank.packed(message.text, message.numbers["memory_bytes"])
-                self._mirrors[len(self._runners)] = mirror_of(runner, message.numbers["num_rows"])
-                self._runners.append(runner)
+                self._runners.append(PackedShare(runner, num_rows=message.numbers["num_rows"]))
             case Kind.PREFILL:
                 self._prefill(message)
-            case Kind.DECODE:
-                self._decode(message)
-            case Kind.STORE:
-                self._store(message)
+            case Kind.DECODE | Kind.STORE | Kind.SUMMARISE:
+                share = self._runners[message.numbers["runner"]]
+                assert isinstance(share, PackedShare), f"{message.kind} of exact KV"
+                self._on_share(share, message)
             case _:
                 raise InternalError(f"rank {self._group.rank} was told {message.kind} between two steps")
 
@@ -67,20 +65,18 @@ class Follower:
         answers = Answers(self._pipe, self._group, runner) if message.numbers["watched"] else None
         runner.prefill(works_of(message), answers)
 
-    def _decode(self, message: Message) -> None:
-        number = message.numbers["runner"]
-        runner, mirror = self._runners[number], self._mirrors[number]
-        token_ids, positions, *table = message.arrays
-        update = TableUpdate.of_arrays(table, runner.pool.num_layers, runner.pool.num_kv_heads)
-        mirror.apply(update)
-        runner.decode(mirror, update.rows_B.tolist(), token_ids.tolist(), positions.tolist())
-
-    def _store(self, message: Message) -> None:
-        pool = self._runners[message.numbers["runner"]].pool
-        pages_X = torch.tensor(message.arrays[0], device=pool.device)
+    def _on_share(self, share: PackedShare, message: Message) -> None:
+        if message.kind is Kind.DECODE:
+            token_ids, positions, *table = message.arrays
+            share.decode(token_ids.tolist(), positions.tolist(), share.update_of(table), message.text)
+            return
+        pool = share.pool
+        pages_X, *more = (torch.tensor(array, device=pool.device) for array in message.arrays)
+        if message.kind is Kind.SUMMARISE:
+            share.summarise(pages_X, *more)
+            return
         shape = (len(pages_X), pool.page_size, pool.head_dim)
-        k_XPD, v_XPD = (self._group.receive(shape, pool.dtype, 0) for _ in range(2))
-        pool.write_pages(pages_X, k_XPD, v_XPD)
+        share.store(pages_X, *(self._group.receive(shape, pool.dtype, 0) for _ in range(2)))
 
 
 class Answers:
@@ -90,21 +86,25 @@ class Answers:
         self._pipe, self._group, self._pool = pipe, group, runner.pool
         self._window = window_of(runner)
 
-    def __call__(self, layer: int, q_THD: Tensor, scale: float) -> None:
-        self._group.send(q_THD, 0)
+    def __call__(self, layer: int, queries: LayerQueries) -> None:
+        self._group.send(queries.q_THD, 0)
+        if queries.lse_TH is not None:
+            self._group.send(queries.lse_TH, 0)
         while (question := read_message(self._pipe)).kind is not Kind.RESUME:
-            for answer in self._answer(question, q_THD, scale):
+            for answer in self._answer(question, queries):
                 self._group.send(answer, 0)
 
-    def _answer(self, question: Message, q_THD: Tensor, scale: float) -> tuple[Tensor, ...]:
+    def _answer(self, question: Message, queries: LayerQueries) -> tuple[Tensor, ...]:
         numbers, pool = question.numbers, self._pool
         layer, blocks = numbers["layer"], torch.tensor(question.arrays[0], device=pool.device)
         match question.kind:
             case Kind.KEYS:
                 return (pool.read_keys(layer, blocks, numbers["num_tokens"]),)
             case Kind.WINDOW:
-                q_WHD = self._group.receive((numbers["num_rows"], *q_THD.shape[1:]), q_THD.dtype, 0)
-                return self._window.attend(layer, q_WHD, blocks, numbers["num_tokens"], scale)
+                num_rows, q_THD = numbers["num_rows"], queries.q_THD
+                q_WHD = self._group.receive((num_rows, *q_THD.shape[1:]), q_THD.dtype, 0)
+                lse_WH = self._group.receive(q_WHD.shape[:2], torch.float32, 0) if numbers["lse_is_known"] else None
+                return self._window.attend(layer, q_WHD, blocks, numbers["num_tokens"], queries.scale, lse_WH)
             case Kind.TOKENS:
                 counts = [numbers[f"tokens_{head}"] for head in range(pool.num_kv_heads)]
                 index_X = self._group.receive((sum(counts),), torch.int64, 0)
@@ -122,7 +122,8 @@ def follow(pipe: BinaryIO) -> None:
     index, num_ranks = numbers["rank"], numbers["num_ranks"]
     meeting = Meeting(join_store(numbers["port"]), index, num_ranks, lambda: None)
     meeting.meet("started")
-    group = Group(meeting.store, index, num_ranks, rank_device(config.model.device, index))
+    device, timeout_s = rank_device(config.model.device, index), numbers["timeout_ms"] / 1000
+    group = Group(meeting.store, index, num_ranks, device, timeout_s)
     opened = open_model(config.model, on_progress=log.debug)
     rank = Rank(opened, config, index, num_ranks, meeting.meet, log.debug)
     log.info("rank %d of %d is ready", index, num_ranks)

@@ -1,33 +1,38 @@
 """The other processes of a worker: started, told what to do, watched, and gone with it.
 
 Knows processes and pipes. A follower reads messages from its standard input: when that ends it ends, so it outlives the
-first process by no more than the step it is in. Nothing is read from a follower but whether it lives.
+first process by no more than the step it is in. Nothing is read from a follower but whether it lives. One that does not
+read is given up: a pipe holds little, and who waits for it waits for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import subprocess
 import sys
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from packlight.core.errors import StartupError, WorkerLost
-from packlight.engine.parallel.messages import Message, write_message
+from packlight.engine.parallel.messages import Message, encoded
 
 MODULE = "packlight.engine.parallel"
 END_TIMEOUT_S = 10.0
 
 
 class Followers:
-    """Ranks 1 to `num_ranks - 1`."""
+    """Ranks 1 to `num_ranks - 1`. Each takes what it is told within `timeout_s`."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         # In a session of their own: an interrupt at the terminal is the first process's to handle.
         self._processes = [
-            subprocess.Popen([sys.executable, "-m", MODULE], stdin=subprocess.PIPE, start_new_session=True)
+            subprocess.Popen([sys.executable, "-m", MODULE], stdin=subprocess.PIPE, start_new_session=True, bufsize=0)
             for _ in range(1, num_ranks)
         ]
+        for rank in self.ranks:
+            os.set_blocking(self._pipe(rank).fileno(), False)
 
     @property
     def ranks(self) -> range:
@@ -38,9 +43,13 @@ class Followers:
         return [process.pid for process in self._processes]
 
     def tell(self, rank: int, message: Message) -> None:
-        """Raises WorkerLost if it is gone."""
+        """Raises WorkerLost if it is gone, or does not read."""
         try:
-            write_message(self._pipe(rank), message)
+            self._write(self._pipe(rank).fileno(), encoded(message))
+        except TimeoutError:
+            raise WorkerLost(
+                f"rank {rank} of this worker took nothing for {self._timeout_s:g} s (rank_timeout_s)"
+            ) from None
         except (OSError, ValueError):
             raise WorkerLost(f"rank {rank} of this worker is gone") from None
 
@@ -77,10 +86,19 @@ class Followers:
                 process.kill()
                 process.wait()
 
-    def _pipe(self, rank: int) -> BinaryIO:
+    def _write(self, pipe: int, data: bytes) -> None:
+        """Raises TimeoutError when there was no room for too long."""
+        rest, room = memoryview(data), select.poll()
+        room.register(pipe, select.POLLOUT)
+        while rest:
+            if not room.poll(self._timeout_s * 1000):
+                raise TimeoutError
+            rest = rest[os.write(pipe, rest) :]
+
+    def _pipe(self, rank: int) -> IO[bytes]:
         pipe = self._processes[rank - 1].stdin
         assert pipe is not None
-        return pipe  # type: ignore[return-value]
+        return pipe
 
 
 def take_input() -> BinaryIO:

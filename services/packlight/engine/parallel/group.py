@@ -22,8 +22,6 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from packlight.core.errors import WorkerLost
 
-STEP_TIMEOUT = timedelta(seconds=60)
-"""How long a rank waits for another inside a step: they start together and do equal work."""
 HOST = "127.0.0.1"
 _STORE_TIMEOUT = timedelta(seconds=60)
 _MEET_PERIOD_S = 0.02
@@ -66,13 +64,18 @@ class Meeting:
 class Group:
     """`rank` of `num_ranks` processes on this machine, that meet in `store`."""
 
-    def __init__(self, store: Store, rank: int, num_ranks: int, device: torch.device) -> None:
-        """Returns when all have come. Raises RuntimeError after STEP_TIMEOUT."""
+    def __init__(self, store: Store, rank: int, num_ranks: int, device: torch.device, timeout_s: float) -> None:
+        """Returns when all have come. `timeout_s` is how long a rank waits for another, here and inside a step: they
+        start together and do equal work. Raises RuntimeError after it."""
         self.rank, self.num_ranks, self._device = rank, num_ranks, device
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         with _environment(_LOOPBACK):  # nothing listens to anybody outside
             dist.init_process_group(
-                backend, store=PrefixStore("group", store), rank=rank, world_size=num_ranks, timeout=STEP_TIMEOUT
+                backend,
+                store=PrefixStore("group", store),
+                rank=rank,
+                world_size=num_ranks,
+                timeout=timedelta(seconds=timeout_s),
             )
 
     def send(self, tensor: Tensor, rank: int) -> None:

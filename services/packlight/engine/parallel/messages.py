@@ -31,6 +31,7 @@ class Kind(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     STORE = "store"
+    SUMMARISE = "summarise"
     KEYS = "keys"
     TOKENS = "tokens"
     WINDOW = "window"
@@ -47,14 +48,13 @@ class Message:
     text: str = ""
 
 
-def write_message(pipe: BinaryIO, message: Message) -> None:
-    """Raises OSError when nobody reads any more."""
+def encoded(message: Message) -> bytes:
+    """What `read_message` reads."""
     sizes = [array.size for array in message.arrays]
     fields = {"kind": message.kind, "numbers": dict(message.numbers), "sizes": sizes, "text": message.text}
     header = json.dumps(fields).encode()
     body = [np.ascontiguousarray(array, dtype=_INT64).tobytes() for array in message.arrays]
-    pipe.write(b"".join([len(header).to_bytes(8, "little"), header, *body]))
-    pipe.flush()
+    return b"".join([len(header).to_bytes(8, "little"), header, *body])
 
 
 def read_message(pipe: BinaryIO) -> Message:

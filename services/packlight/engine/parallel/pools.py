@@ -19,9 +19,11 @@ from packlight.compress.window import StoredWindow, WindowAttention
 from packlight.core.errors import InternalError
 from packlight.engine.parallel.crew import Crew
 from packlight.engine.parallel.messages import Kind, Message
+from packlight.engine.parallel.share import PackedShare
 from packlight.engine.parallel.tables import head_slices
 from packlight.kv.pages import PageIds
-from packlight.kv.pool import KVPool, PackedPool, Tokens
+from packlight.kv.pool import KVPool, Tokens
+from packlight.kv.summaries import PageSummaries
 
 
 class GatheredPool:
@@ -64,39 +66,49 @@ class GatheredWindow:
     def __init__(self, crew: Crew, own: StoredWindow) -> None:
         self._crew, self._own = crew, own
 
-    def attend(self, layer: int, q_WHD: Tensor, blocks: Tensor, num_tokens: int, scale: float) -> WindowAttention:
+    def attend(
+        self, layer: int, q_WHD: Tensor, blocks: Tensor, num_tokens: int, scale: float, lse_WH: Tensor | None = None
+    ) -> WindowAttention:
         q_WhD = q_WHD.chunk(self._crew.num_ranks, dim=1)
+        lse_Wh = [None] * self._crew.num_ranks if lse_WH is None else lse_WH.chunk(self._crew.num_ranks, dim=1)
         numbers = {"layer": layer, "num_tokens": num_tokens, "num_rows": len(q_WHD)}
+        numbers |= {"lse_is_known": int(lse_WH is not None)}
         message = Message(Kind.WINDOW, numbers, [blocks.cpu().numpy()])
         for rank in self._crew.followers.ranks:
             self._crew.followers.tell(rank, message)
             self._crew.group.send(q_WhD[rank], rank)
-        parts = [self._own.attend(layer, q_WhD[0], blocks, num_tokens, scale)]
+            if (known := lse_Wh[rank]) is not None:
+                self._crew.group.send(known, rank)
+        parts = [self._own.attend(layer, q_WhD[0], blocks, num_tokens, scale, lse_Wh[0])]
         for rank in self._crew.followers.ranks:
             shapes = (parts[0].mass_KS.shape, parts[0].lse_WH.shape)
-            mass_KS, lse_WH = (self._crew.group.receive(shape, torch.float32, rank) for shape in shapes)
-            parts.append(WindowAttention(mass_KS, lse_WH))
+            mass_KS, found = (self._crew.group.receive(shape, torch.float32, rank) for shape in shapes)
+            parts.append(WindowAttention(mass_KS, found))
         return WindowAttention(torch.cat([part.mass_KS for part in parts]), torch.cat([p.lse_WH for p in parts], dim=1))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class _Arrived:
+class _Due:
+    """What a rank has to be told before its next step: integers over its pipe, tensors over the group."""
+
     rank: int
-    pages_X: Tensor
-    k_XPD: Tensor
-    v_XPD: Tensor
+    kind: Kind
+    arrays: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...] = ()
 
 
 class ScatteredPool:
     """A `PackedPool` of all heads, with a share of the pages on each rank. Pages are written from any thread; steps are
     computed on the ranks' own pools."""
 
-    def __init__(self, crew: Crew, own: PackedPool) -> None:
+    def __init__(self, crew: Crew, share: PackedShare) -> None:
+        own = share.pool
         self._crew, self._own = crew, own
         self.num_shards, self.page_size = crew.num_ranks, own.page_size
         self.num_layers, self.num_kv_heads = own.num_layers, own.num_kv_heads * crew.num_ranks
         self.head_dim, self.dtype, self.device = own.head_dim, own.dtype, own.device
-        self._arrived: deque[_Arrived] = deque()
+        self._due: deque[_Due] = deque()
+        self.summaries = ScatteredSummaries(self, share.summaries)
 
     @property
     def num_head_pages(self) -> int:
@@ -108,23 +120,36 @@ class ScatteredPool:
 
     def write_pages(self, pages_X: Tensor, k_XPD: Tensor, v_XPD: Tensor, num_tokens_X: Tensor | None = None) -> None:
         """Each to its rank, at `hand_over` if that is another."""
-        size = self._own.num_head_pages
-        for rank in range(self.num_shards):
-            is_there_X = pages_X // size == rank
-            part = _Arrived(rank, pages_X[is_there_X] - rank * size, k_XPD[is_there_X], v_XPD[is_there_X])
+        for rank, (is_there_X, own_pages_X) in enumerate(self.by_rank(pages_X)):
+            k_part, v_part = k_XPD[is_there_X], v_XPD[is_there_X]
             if rank == 0:
                 num_tokens = None if num_tokens_X is None else num_tokens_X[is_there_X]
-                self._own.write_pages(part.pages_X, part.k_XPD, part.v_XPD, num_tokens)
-            elif len(part.pages_X):
-                self._arrived.append(part)
+                self._own.write_pages(own_pages_X, k_part, v_part, num_tokens)
+            else:
+                self.tell(rank, Kind.STORE, (own_pages_X,), (k_part, v_part))
+
+    def by_rank(self, pages_X: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(which of `pages_X` are the rank's, bool `[X]`; their numbers there), rank by rank."""
+        size = self._own.num_head_pages
+        parts = []
+        for rank in range(self.num_shards):
+            is_there_X = pages_X // size == rank
+            parts.append((is_there_X, pages_X[is_there_X] - rank * size))
+        return parts
+
+    def tell(self, rank: int, kind: Kind, arrays: tuple[Tensor, ...], tensors: tuple[Tensor, ...] = ()) -> None:
+        """At `hand_over`; the first of `arrays` says of which pages, and is not empty if anything is said."""
+        if len(arrays[0]):
+            self._due.append(_Due(rank, kind, arrays, tensors))
 
     def hand_over(self, runner: int) -> None:
         """Between two steps: what was written goes to its ranks, in the order in which it came."""
-        while self._arrived:
-            part = self._arrived.popleft()
-            self._crew.followers.tell(part.rank, Message(Kind.STORE, {"runner": runner}, [part.pages_X.cpu().numpy()]))
-            self._crew.group.send(part.k_XPD, part.rank)
-            self._crew.group.send(part.v_XPD, part.rank)
+        while self._due:
+            due = self._due.popleft()
+            arrays = [array.cpu().numpy() for array in due.arrays]
+            self._crew.followers.tell(due.rank, Message(due.kind, {"runner": runner}, arrays))
+            for tensor in due.tensors:
+                self._crew.group.send(tensor, due.rank)
 
     def append(self, slots_X: Tensor, k_XD: Tensor, v_XD: Tensor) -> None:
         raise InternalError("a token is stored by the rank that has its head")
@@ -134,6 +159,21 @@ class ScatteredPool:
 
     def release(self, pages: PageIds) -> None:
         """Nothing to do: see `KVPool.release`."""
+
+
+class ScatteredSummaries:
+    """A `SummaryWriter` of all heads. Summaries of pages elsewhere are made there, of the keys that were handed over
+    before: nothing but numbers of pages travels."""
+
+    def __init__(self, pool: ScatteredPool, own: PageSummaries) -> None:
+        self._pool, self._own = pool, own
+
+    def build(self, pages_X: Tensor, k_XPD: Tensor, num_tokens_X: Tensor) -> None:
+        for rank, (is_there_X, own_pages_X) in enumerate(self._pool.by_rank(pages_X)):
+            if rank == 0:
+                self._own.build(own_pages_X, k_XPD[is_there_X], num_tokens_X[is_there_X])
+            else:
+                self._pool.tell(rank, Kind.SUMMARISE, (own_pages_X, num_tokens_X[is_there_X]))
 
 
 def packed_tokens(pool: KVPool, layer: int, blocks: Tensor, indices: Sequence[Tensor]) -> Tensor:

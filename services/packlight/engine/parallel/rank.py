@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from packlight.compress.window import StoredWindow, WindowAttention, window_attention
+from packlight.compress.window import StoredWindow, WindowAttention, attention_given
 from packlight.core.config import Config, Weights
 from packlight.core.errors import ConfigError
-from packlight.core.types import ModelSpec, Role
+from packlight.core.types import ModelSpec
+from packlight.core.workers import Role
 from packlight.engine.build import build_attention
 from packlight.engine.runner import DecodeRunner, Runner
 from packlight.kv.pool import ExactPool, KVPool
@@ -69,8 +70,10 @@ class ReadWindow:
     def __init__(self, pool: ExactPool) -> None:
         self._pool = pool
 
-    def attend(self, layer: int, q_WHD: Tensor, blocks: Tensor, num_tokens: int, scale: float) -> WindowAttention:
-        return window_attention(q_WHD, self._pool.read_keys(layer, blocks, num_tokens), scale)
+    def attend(
+        self, layer: int, q_WHD: Tensor, blocks: Tensor, num_tokens: int, scale: float, lse_WH: Tensor | None = None
+    ) -> WindowAttention:
+        return attention_given(q_WHD, self._pool.read_keys(layer, blocks, num_tokens), scale, lse_WH)
 
 
 def window_of(runner: Runner) -> StoredWindow:

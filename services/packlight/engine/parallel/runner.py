@@ -12,13 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packlight.attention.base import LayerHook
+from packlight.attention.base import LayerHook, LayerQueries
+from packlight.compress.packers import TorchPacker
 from packlight.core.errors import InternalError, WorkerLost
 from packlight.engine.parallel.crew import Crew
 from packlight.engine.parallel.messages import Kind, Message, prefill_message
 from packlight.engine.parallel.pools import GatheredPool, GatheredWindow, ScatteredPool
 from packlight.engine.parallel.rank import window_of
-from packlight.engine.parallel.tables import TableMirror, TableSender
+from packlight.engine.parallel.readings import told_readings
+from packlight.engine.parallel.share import PackedShare
+from packlight.engine.parallel.tables import TableSender
 from packlight.engine.runner import ChunkWork, DecodeRunner, Runner
 from packlight.kv.reading import Reading
 from packlight.kv.summaries import PageSummaries
@@ -35,6 +38,7 @@ class ParallelRunner:
         self._number = crew.open_runner(Kind.EXACT_POOL, attention, {"memory_bytes": memory_bytes})
         self.model, self.pool = crew.rank.model, GatheredPool(crew, self._own.pool)
         self.window = GatheredWindow(crew, window_of(self._own))
+        self.packer = TorchPacker(self.pool)
 
     def prefill(self, works: Sequence[ChunkWork], on_layer: LayerHook | None = None) -> Tensor:
         """See `Runner.prefill`. What `on_layer` raises is raised after the step: the other ranks have to finish it."""
@@ -54,16 +58,22 @@ class Relay:
         self._crew, self._on_layer = crew, on_layer
         self.failure: Exception | None = None
 
-    def __call__(self, layer: int, q_THD: Tensor, scale: float) -> None:
-        parts = [q_THD]
-        parts += [self._crew.group.receive(q_THD.shape, q_THD.dtype, rank) for rank in self._crew.followers.ranks]
+    def __call__(self, layer: int, queries: LayerQueries) -> None:
+        q_THD = self._gathered(queries.q_THD)
+        # All ranks have the same backend: either each of them says, or none.
+        lse_TH = None if queries.lse_TH is None else self._gathered(queries.lse_TH)
         if self.failure is None:
-            self._call(layer, torch.cat(parts, dim=1), scale)
+            self._call(layer, LayerQueries(q_THD, queries.scale, lse_TH))
         self._crew.followers.tell_all(Message(Kind.RESUME))
 
-    def _call(self, layer: int, q_THD: Tensor, scale: float) -> None:
+    def _gathered(self, own: Tensor) -> Tensor:
+        """What every rank says of its heads, which are the second dim."""
+        group, ranks = self._crew.group, self._crew.followers.ranks
+        return torch.cat([own, *(group.receive(own.shape, own.dtype, rank) for rank in ranks)], dim=1)
+
+    def _call(self, layer: int, queries: LayerQueries) -> None:
         try:
-            self._on_layer(layer, q_THD, scale)
+            self._on_layer(layer, queries)
         except WorkerLost:  # nobody knows what the other rank waits for
             raise
         except Exception as error:
@@ -78,11 +88,11 @@ class ParallelDecodeRunner(DecodeRunner):
     def __init__(self, crew: Crew, attention: str, memory_bytes: int, *, num_rows: int) -> None:
         """`num_rows` are those of the table. Raises ConfigError if not one block fits."""
         self._crew = crew
-        self._own = crew.rank.packed(attention, memory_bytes)
+        own = crew.rank.packed(attention, memory_bytes)
         numbers = {"memory_bytes": memory_bytes, "num_rows": num_rows}
         self._number = crew.open_runner(Kind.PACKED_POOL, attention, numbers)
-        super().__init__(crew.rank.model, ScatteredPool(crew, self._own.pool), self._own.backend)
-        self._mirror = mirror_of(self._own, num_rows)
+        self._share = PackedShare(own, num_rows=num_rows)
+        super().__init__(crew.rank.model, ScatteredPool(crew, self._share), own.backend)
         self._sender = TableSender(
             num_ranks=crew.num_ranks, num_pages=self.pool.num_head_pages, page_size=self.pool.page_size
         )
@@ -98,23 +108,18 @@ class ParallelDecodeRunner(DecodeRunner):
         summaries: PageSummaries | None = None,
         on_layer: LayerHook | None = None,
     ) -> Tensor:
-        """See `DecodeRunner.decode`: of dense rows that nobody watches."""
-        if on_layer is not None or any(reading is not None for reading in reads):
-            raise InternalError("rows of a divided pool are read whole, and not watched")
+        """See `DecodeRunner.decode`: of rows that nobody watches. `summaries` are the ranks' own."""
+        if on_layer is not None:
+            raise InternalError("rows of a divided pool are not watched")
         updates = self._sender.updates(table, rows)
+        is_fresh_B = updates[0].is_fresh_B
+        told = told_readings(
+            reading for reading, fresh in zip(reads or (None,) * len(rows), is_fresh_B, strict=True) if fresh
+        )
         step = np.array(token_ids, dtype=np.int64), np.array(positions, dtype=np.int64)
         with self._crew.together():
             self.pool.hand_over(self._number)
             for rank in self._crew.followers.ranks:
                 arrays = (*step, *updates[rank].arrays())
-                self._crew.followers.tell(rank, Message(Kind.DECODE, {"runner": self._number}, arrays))
-            self._mirror.apply(updates[0])
-            return self._own.decode(self._mirror, rows, token_ids, positions)
-
-
-def mirror_of(runner: DecodeRunner, num_rows: int) -> TableMirror:
-    """A rank's table, for the heads of its pool."""
-    pool = runner.pool
-    return TableMirror(
-        num_rows=num_rows, num_layers=pool.num_layers, num_kv_heads=pool.num_kv_heads, page_size=pool.page_size
-    )
+                self._crew.followers.tell(rank, Message(Kind.DECODE, {"runner": self._number}, arrays, told))
+            return self._share.decode(token_ids, positions, updates[0], told)

@@ -29,6 +29,11 @@ class TableUpdate:
     lengths_BLK: Int64s
     pages_X: Int64s
 
+    @property
+    def fresh_rows(self) -> list[int]:
+        rows: list[int] = self.rows_B[self.is_fresh_B].tolist()
+        return rows
+
     def arrays(self) -> tuple[Int64s, ...]:
         return self.rows_B, self.is_fresh_B.astype(np.int64), self.lengths_BLK.flatten(), self.pages_X
 
