@@ -53,6 +53,7 @@ CRD_TYPES = (
     "@kubernetes-models/prometheus-operator@6.0.0",
     "@kubernetes-models/keda@2.0.0",
     "@kubernetes-models/gateway-api@2.0.0",
+    "@kubernetes-models/cert-manager@6.0.0",
     "typescript@5.9.3",
 )
 COMPOSE_SCHEMA = NpmArchive(
@@ -81,7 +82,8 @@ def kubernetes_validate() -> Path:
 
 def crd_types() -> Path:
     """A folder with `node_modules`: TypeScript, and custom resources as types. Raises ToolMissing."""
-    return _once("crd-types", lambda folder: _npm_install(CRD_TYPES, folder))
+    digest = hashlib.sha256(" ".join(CRD_TYPES).encode()).hexdigest()
+    return _once(f"crd-types-{digest[:8]}", lambda folder: _npm_install(CRD_TYPES, folder))
 
 
 def compose_schema() -> Path:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from packlight.core.config import Config, build_config
+from packlight.core.config import Config
+from packlight.core.config_tree import build_config
 from packlight.telemetry.catalogue import CATALOGUE, Kind, full_name
 from tests.deploy.support import CASES, Object, config_tree, container, objects, pick, pod_spec, pod_specs
 
@@ -180,6 +181,32 @@ def test_the_authority_of_an_external_redis_is_a_file_beside_the_config() -> Non
     assert {"secret": {"name": "ca", "items": [{"key": "ca.crt", "path": "redis-ca/ca.crt"}]}} in sources
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_every_pod_has_the_certificate_where_its_config_says(role: str) -> None:
+    sets = ('tls.secretName="fleet"', 'config.tls.name="blue"')
+    tls, spec = build_config(config_tree(objects("default", *sets))).tls, pod_spec(objects("default", *sets), role)
+    (secret,) = _secrets(objects("default", *sets), role)
+    (mount,) = (mount for mount in spec["containers"][0]["volumeMounts"] if mount["name"] == "config")
+    mounted = {item["key"]: f"{mount['mountPath']}/{item['path']}" for item in secret["items"]}
+    assert secret["name"] == "fleet"
+    assert mounted == {"ca.crt": tls.ca, "tls.crt": tls.cert, "tls.key": tls.key}
+    assert tls.name == "blue", "what is set is kept"
+    assert mount.get("subPath") is None, "a file mounted alone would not follow its secret"
+
+
+def test_the_certificate_that_is_asked_for_is_the_one_that_is_mounted() -> None:
+    items = objects("everything")
+    certificate, (source, *_) = pick(items, "Certificate")["spec"], _secrets(items, "decode")
+    assert certificate["secretName"] == source["name"]
+    assert certificate["dnsNames"] == [config_of("everything").tls.name]
+    assert {"server auth", "client auth"} <= set(certificate["usages"])
+
+
+def test_pods_with_and_without_tls_are_not_paired() -> None:
+    """Of another revision, they are no pair to any router; and each router calls those that speak as it does."""
+    assert _revisions(objects("default")) != _revisions(objects("default", 'tls.secretName="fleet"'))
+
+
 def test_nothing_starts_on_half_a_model() -> None:
     items = objects("h100")
     job = pick(items, "Job")["spec"]["template"]["spec"]["containers"][0]
@@ -225,6 +252,11 @@ def _matching(selector: dict[str, str], pods: dict[str, dict[str, str]]) -> set[
 def _peers(peers: list[Object]) -> set[str]:
     selectors = [peer["podSelector"]["matchLabels"] for peer in peers if "podSelector" in peer]
     return {selector["app.kubernetes.io/component"] for selector in selectors}
+
+
+def _secrets(items: list[Object], role: str) -> list[Object]:
+    sources = pod_spec(items, role)["volumes"][0]["projected"]["sources"]
+    return [source["secret"] for source in sources if "secret" in source]
 
 
 def _revisions(items: list[Object]) -> list[Any]:

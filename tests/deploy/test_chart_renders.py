@@ -20,6 +20,7 @@ CUSTOM_RESOURCES = {
     "monitoring.coreos.com/v1": "prometheus-operator/monitoring.coreos.com/v1",
     "keda.sh/v1alpha1": "keda/keda.sh/v1alpha1",
     "gateway.networking.k8s.io/v1": "gateway-api/gateway.networking.k8s.io/v1",
+    "cert-manager.io/v1": "cert-manager/cert-manager.io/v1",
 }
 RULES = """groups:
   - name: packlight
@@ -75,7 +76,8 @@ def test_a_misspelt_field_would_be_found(tmp_path: Path) -> None:
 
 def test_custom_resources_have_the_fields_of_their_types(tmp_path: Path) -> None:
     found = [item for case in CASES for item in objects(case) if item["apiVersion"] in CUSTOM_RESOURCES]
-    assert {item["kind"] for item in found} == {"ServiceMonitor", "PrometheusRule", "ScaledObject", "HTTPRoute"}
+    kinds = {"ServiceMonitor", "PrometheusRule", "ScaledObject", "HTTPRoute", "Certificate"}
+    assert {item["kind"] for item in found} == kinds
     assert _type_errors(found, tmp_path) == ""
 
 

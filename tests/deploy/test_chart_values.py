@@ -15,6 +15,9 @@ TYPOS = {
     "config.router.prot=8080": "config.router",
     'config.kv.policy={"flor": 1}': "config.kv.policy",
     "prefill.gpu.cuont=1": "prefill.gpu",
+    'decode.gpu.count="all"': "decode.gpu.count",
+    'networkPolicy.transferPorts=["7000:7100"]': "networkPolicy.transferPorts.0",
+    "networkPolicy.transferPorts=[70000]": "networkPolicy.transferPorts.0",
     'decode.autoscaling={"kind": "kede"}': "decode.autoscaling.kind",
     'config.model.dtype="float8"': "config.model.dtype",
     "config.router.port=99999": "config.router.port",
@@ -24,6 +27,7 @@ TYPOS = {
     'router.image.digest="latest"': "router.image.digest",
     'networkPolicy.metricsFrom=[{"podSelecter": {}}]': "networkPolicy.metricsFrom.0",
     'model.volume={"pvc": {}}': "model.volume",
+    'tls.certManager.issuerRef={"nmae": "ca"}': "tls.certManager.issuerRef",
 }
 CONTRADICTIONS = {
     ('config.router.host="127.0.0.1"',): "config.router.host",
@@ -36,6 +40,14 @@ CONTRADICTIONS = {
     ('config.router.api_keys_file="/etc/packlight/api-keys"',): "router.apiKeys.secret.name",
     ('router.apiKeys.secret.name="keys"',): "/etc/packlight/api-keys",
     ("config.decode.tensor_parallel=2", "decode.gpu.count=1"): "config.decode.tensor_parallel: 2 ranks",
+    ("config.prefill.tensor_parallel=4", "workers.gpu.count=2"): "config.prefill.tensor_parallel: 4 ranks",
+    ('networkPolicy.transferPorts=["7100-7000"]',): "transferPorts: 7100-7000 is no range",
+    ('networkPolicy.transferPorts=["7000-70000"]',): "transferPorts: 7000-70000 is no range",
+    ('config.tls={"ca": "/ca", "cert": "/cert", "key": "/key"}',): "config.tls.ca: give the secret, tls.secretName",
+    (
+        'tls.secretName="fleet"',
+        'config.decode.transports=["nixl", "grpc"]',
+    ): "config.decode.transports: TLS does not cover nixl",
     ("redis.bundled.enabled=false",): "redis.external.urlSecret.name",
     ('redis.external.url="redis://elsewhere:6379/0"',): "bundled.enabled",
     ("ingress.enabled=true",): "ingress.hosts",
@@ -56,6 +68,30 @@ def test_a_typo_is_refused_with_its_path(typo: str, helm: str) -> None:
 @pytest.mark.parametrize("sets", CONTRADICTIONS)
 def test_what_cannot_work_is_refused_with_the_reason(sets: tuple[str, ...]) -> None:
     assert CONTRADICTIONS[sets] in refused(*sets)
+
+
+@pytest.mark.slow
+def test_a_pod_has_a_gpu_for_each_rank() -> None:
+    items = objects("h100", "config.prefill.tensor_parallel=4")
+    assert _num_gpus(items, "prefill") == 4
+    assert _num_gpus(items, "decode") == 1
+    assert _num_gpus(objects("h100", "config.prefill.tensor_parallel=2", "prefill.gpu.count=8"), "prefill") == 8
+    assert _num_gpus(objects("default", "config.prefill.tensor_parallel=2"), "prefill") is None
+
+
+def _num_gpus(items: list[Any], role: str) -> int | None:
+    count: int | None = container(items, role)["resources"]["limits"].get("nvidia.com/gpu")
+    return count
+
+
+@pytest.mark.slow
+def test_a_range_of_ports_is_open_in_both_directions() -> None:
+    items = objects("default", 'networkPolicy.transferPorts=["7000-7100", 18515]')
+    ports = [{"protocol": "TCP", "port": 7000, "endPort": 7100}, {"protocol": "TCP", "port": 18515}]
+    for role in ("prefill", "decode"):
+        spec = pick(items, "NetworkPolicy", role)["spec"]
+        for rules in (spec["ingress"], spec["egress"]):
+            assert [rule["ports"] for rule in rules].count(ports) == 1
 
 
 @pytest.mark.slow

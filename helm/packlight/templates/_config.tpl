@@ -1,7 +1,24 @@
 {{/* What the chart takes from `config`, and what it refuses because the parts would not fit together. */}}
 
 {{- define "packlight.configMap" -}}
-{{ include "packlight.fullname" . }}-config-{{ toYaml .Values.config | sha256sum | trunc 8 }}
+{{ include "packlight.fullname" . }}-config-{{ include "packlight.config" . | sha256sum | trunc 8 }}
+{{- end }}
+
+{{/* What the processes read: `config`, and where the certificate is mounted. */}}
+{{- define "packlight.config" -}}
+{{- $config := deepCopy .Values.config -}}
+{{- if include "packlight.tlsSecret" . -}}
+  {{- $folder := "/etc/packlight/tls" -}}
+  {{- $files := dict "ca" (printf "%s/ca.crt" $folder) "cert" (printf "%s/tls.crt" $folder) "key" (printf "%s/tls.key" $folder) -}}
+  {{- $_ := set $config "tls" (merge $files ($config.tls | default dict)) -}}
+{{- end -}}
+{{ toYaml $config }}
+{{- end }}
+
+{{/* The secret with the certificate of all pods, or nothing. */}}
+{{- define "packlight.tlsSecret" -}}
+{{- $own := ternary (printf "%s-tls" (include "packlight.fullname" .)) "" (not (empty .Values.tls.certManager.issuerRef)) -}}
+{{ .Values.tls.secretName | default $own }}
 {{- end }}
 
 {{/* (dict "root" $ "role" "router"): whole seconds that a pod of the role may take to end. */}}
@@ -39,9 +56,9 @@
 {{- end -}}
 {{- range $role := list "prefill" "decode" -}}
   {{- $pool := include "packlight.pool" (dict "root" $ "role" $role) | fromJson -}}
-  {{- $ranks := (get $config $role).tensor_parallel | default 1 | int -}}
+  {{- $ranks := include "packlight.ranks" (dict "root" $ "role" $role) | int -}}
   {{- if and $pool.gpu.count (gt $ranks (int $pool.gpu.count)) -}}
-    {{- fail (printf "config.%s.tensor_parallel: %d ranks need as many GPUs: raise gpu.count, which is %v" $role $ranks $pool.gpu.count) -}}
+    {{- fail (printf "config.%s.tensor_parallel: %d ranks need as many GPUs: raise gpu.count, which is %v, or leave it at auto" $role $ranks $pool.gpu.count) -}}
   {{- end -}}
   {{- $scaling := $pool.autoscaling -}}
   {{- if gt $scaling.minReplicas $scaling.maxReplicas -}}
@@ -55,6 +72,8 @@
 {{- if and $config.router.api_keys_file (not $keys) -}}
   {{- fail "config.router.api_keys_file: give the file's secret, router.apiKeys.secret.name" -}}
 {{- end -}}
+{{- include "packlight.checkPorts" . -}}
+{{- include "packlight.checkTls" . -}}
 {{- include "packlight.checkRedis" . -}}
 {{- include "packlight.checkModel" . -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}
@@ -62,6 +81,30 @@
 {{- end -}}
 {{- if and .Values.gateway.enabled (not .Values.gateway.parentRefs) -}}
   {{- fail "gateway.parentRefs: name at least one gateway" -}}
+{{- end -}}
+{{- end }}
+
+{{- define "packlight.checkPorts" -}}
+{{- range $ports := .Values.networkPolicy.transferPorts -}}
+  {{- $ends := splitList "-" (toString $ports) -}}
+  {{- if or (gt (int (first $ends)) (int (last $ends))) (gt (int (last $ends)) 65535) -}}
+    {{- fail (printf "networkPolicy.transferPorts: %v is no range of ports: the first, a dash, and the last, at most 65535" $ports) -}}
+  {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "packlight.checkTls" -}}
+{{- $tls := .Values.config.tls | default dict -}}
+{{- range $file := list "ca" "cert" "key" -}}
+  {{- if get $tls $file -}}
+    {{- fail (printf "config.tls.%s: give the secret, tls.secretName: the chart mounts it and says where" $file) -}}
+  {{- end -}}
+{{- end -}}
+{{- $isOn := and (include "packlight.tlsSecret" .) (not $tls.allow_plain_transports) -}}
+{{- range $name := .Values.config.decode.transports -}}
+  {{- if and $isOn (has $name (list "process_group" "nixl")) -}}
+    {{- fail (printf "config.decode.transports: TLS does not cover %s: leave it out, or set config.tls.allow_plain_transports" $name) -}}
+  {{- end -}}
 {{- end -}}
 {{- end }}
 

@@ -50,7 +50,17 @@ app.kubernetes.io/part-of: packlight
 
 {{/* A pool's values: `workers`, and what `prefill` or `decode` say otherwise. As JSON. */}}
 {{- define "packlight.pool" -}}
-{{ include "packlight.overlay" (dict "base" .root.Values.workers "over" (get .root.Values .role)) }}
+{{- $pool := include "packlight.overlay" (dict "base" .root.Values.workers "over" (get .root.Values .role)) | fromJson -}}
+{{- if eq (toString $pool.gpu.count) "auto" -}}
+  {{- $hasGPUs := .root.Values.config | dig "model" "device" "cpu" | toString | hasPrefix "cuda" -}}
+  {{- $_ := set $pool.gpu "count" (ternary (include "packlight.ranks" . | int) 0 $hasGPUs) -}}
+{{- end -}}
+{{ toJson $pool }}
+{{- end }}
+
+{{/* (dict "root" $ "role" "decode"): the processes that the model is divided among in each pod. */}}
+{{- define "packlight.ranks" -}}
+{{ get .root.Values.config .role | dig "tensor_parallel" 1 | int }}
 {{- end }}
 
 {{/* Mappings merged, everything else replaced. Sprig's merges take `0`, `false` and `""` for not said. */}}
@@ -77,7 +87,7 @@ app.kubernetes.io/part-of: packlight
   {{- $pool := include "packlight.pool" (dict "root" $ "role" $role) | fromJson -}}
   {{- $images = append $images (include "packlight.image" (dict "root" $ "image" $pool.image)) -}}
 {{- end -}}
-{{- $parts := list .Chart.Version $images .Values.config .Values.model.volume (include "packlight.downloadKey" .) -}}
+{{- $parts := list .Chart.Version $images (include "packlight.config" . | fromYaml) .Values.model.volume (include "packlight.downloadKey" .) -}}
 {{ toJson $parts | sha256sum | trunc 12 }}
 {{- end -}}
 {{- end }}

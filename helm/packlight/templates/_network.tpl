@@ -75,9 +75,19 @@ spec:
     {{- include "packlight.peer" $ | nindent 4 }}
   ports:
     {{- range . }}
-    - {protocol: TCP, port: {{ int . }}}
+    - {{ include "packlight.ports" . }}
     {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* A port, or a range of ports like "7000-7100". */}}
+{{- define "packlight.ports" -}}
+{{- if kindIs "string" . -}}
+{{- $ends := splitList "-" . -}}
+{protocol: TCP, port: {{ first $ends }}, endPort: {{ last $ends }}}
+{{- else -}}
+{protocol: TCP, port: {{ int . }}}
+{{- end -}}
 {{- end }}
 
 {{- define "packlight.networkPolicies" -}}

@@ -131,6 +131,14 @@ capabilities:
           name: {{ . }}
           items: [{key: ca.crt, path: redis-ca/ca.crt}]
       {{- end }}
+      {{- with include "packlight.tlsSecret" .root }}
+      - secret:
+          name: {{ . }}
+          items:
+            - {key: ca.crt, path: tls/ca.crt}
+            - {key: tls.crt, path: tls/tls.crt}
+            - {key: tls.key, path: tls/tls.key, mode: 0440}
+      {{- end }}
       {{- with .root.Values.router.apiKeys }}
       {{- if and $.apiKeys .secret.name }}
       - secret:
