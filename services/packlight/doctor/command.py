@@ -13,6 +13,7 @@ from types import MappingProxyType
 from packlight import __version__
 from packlight.core.config import Config
 from packlight.doctor.base import Check, Finding, Level, Patient, examine
+from packlight.doctor.certificates import check_tls
 from packlight.doctor.collector import check_traces
 from packlight.doctor.gpu import check_flashinfer, check_gpu, check_nccl, check_nvcc
 from packlight.doctor.machine import check_cores, check_cpu, check_memory, check_python, check_shared_memory
@@ -36,6 +37,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "model": check_model,
         "ports": check_ports,
         "redis": check_redis,
+        "tls": check_tls,
         "traces": check_traces,
         "gpu": check_gpu,
         "nvcc": check_nvcc,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from packlight.doctor.base import Finding, Patient, human_bytes, missing, ok, un
 
 MIN_PYTHON = (3, 11)
 MIN_SHARED_BYTES = 64 << 20  # Docker's default, of which one long prompt's KV is more
-_ISA = {
+_ISA: Mapping[str, set[str]] = {
     "AVX2": {"avx2", "fma"},
     "AVX-512": {"avx512f", "avx512bw"},
     "AVX-512 BF16": {"avx512_bf16"},

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from packlight.core.errors import ConfigError
-from packlight.doctor.base import Finding, Patient, missing, ok, unused
+from packlight.doctor.base import Finding, Level, Patient, missing, ok, unused
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -32,11 +32,14 @@ def check_redis(patient: Patient) -> Finding:
         )
     from packlight.redis_link.link import redis_url
 
+    # The registry's address comes from the environment alone.
+    configured = {"index": patient.config.index.redis_url, "fleet": None}
     try:
-        url = redis_url(patient.config.index.redis_url, patient.environ, " and ".join(users), "")
-        return _asked(url)
+        urls = {redis_url(configured[user], patient.environ, f"{user}.backend=redis", "") for user in users}
     except ConfigError as error:
         return missing(error.message, "export REDIS_URL=redis://host:6379/0")
+    found = [_asked(url) for url in sorted(urls)]
+    return next((one for one in found if one.level is not Level.OK), found[0])
 
 
 def check_ports(patient: Patient) -> Finding:

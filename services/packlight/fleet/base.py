@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from packlight.core.errors import CapacityError
-from packlight.core.types import WorkerId, WorkerInfo
+from packlight.core.workers import WorkerId, WorkerInfo
 
 
 class FleetAway(CapacityError):

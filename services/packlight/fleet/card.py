@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from packlight.core.types import LocalPrefill, Role, WorkerInfo, WorkerLoad
+from packlight.core.workers import LocalPrefill, Role, WorkerInfo, WorkerLoad
 
 VERSION = 1
 

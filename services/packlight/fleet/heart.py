@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from packlight.core.config import WorkerSection
-from packlight.core.types import Role, WorkerId, WorkerInfo
+from packlight.core.workers import Role, WorkerId, WorkerInfo
 from packlight.fleet.base import Fleet
 
 log = logging.getLogger(__name__)

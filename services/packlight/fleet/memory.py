@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from packlight.core.config import FleetConfig
-from packlight.core.types import WorkerId, WorkerInfo
+from packlight.core.workers import WorkerId, WorkerInfo
 from packlight.fleet.base import Sighting
 
 

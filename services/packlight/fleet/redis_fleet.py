@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from packlight.core.config import FleetConfig
-from packlight.core.types import WorkerId, WorkerInfo
+from packlight.core.workers import WorkerId, WorkerInfo
 from packlight.fleet.base import FleetAway, Sighting
 from packlight.fleet.card import decode_worker, encode_worker
 from packlight.redis_link.link import RedisAway, RedisLink, redis_url

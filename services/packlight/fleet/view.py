@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from packlight.core.types import Role, WorkerId, WorkerInfo
+from packlight.core.workers import Role, WorkerId, WorkerInfo
 from packlight.fleet.base import Fleet, FleetAway, Sighting
 
 log = logging.getLogger(__name__)

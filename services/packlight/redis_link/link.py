@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.asyncio.connection import ConnectionPool, SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
@@ -27,6 +28,7 @@ from redis.exceptions import NoScriptError, RedisError
 from packlight.core.errors import ConfigError
 from packlight.redis_link.breaker import Breaker
 from packlight.redis_link.script import Script
+from packlight.redis_link.tls import TlsConnection, shared_context
 
 log = logging.getLogger(__name__)
 
@@ -138,10 +140,14 @@ class RedisLink:
 
 
 def _client(url: str, timeout_s: float) -> Redis:
+    """Messages do not repeat the address, which may hold a password."""
     try:
-        return Redis.from_url(
-            url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=None, socket_connect_timeout=timeout_s
-        )
+        settings = parse_url(url)
+        if settings.get("connection_class") is SSLConnection:
+            settings |= {"connection_class": TlsConnection, "shared_context": shared_context(settings)}
     except ValueError as error:
-        # The address may hold a password, so it is not repeated.
         raise ConfigError(f"the Redis address is not usable: {error}") from None
+    except (OSError, RedisError, TypeError) as error:
+        raise ConfigError(f"a TLS setting of the Redis address is not usable (ssl_ca_certs, ...): {error}") from None
+    mine = {"protocol": 2, "retry": Retry(NoBackoff(), 0), "socket_timeout": None, "socket_connect_timeout": timeout_s}
+    return Redis.from_pool(ConnectionPool(**{**mine, **settings}))

@@ -5,14 +5,19 @@
   it ends a connection that is quiet for 6 s with GOAWAY;
 - an address that does not answer is given up after 2 s instead of 20;
 - message sizes are unlimited: flow control and admission bound memory, a prompt or a page must not hit 4 MiB;
-- one channel per address, kept: connections are made once.
+- one channel per address, kept: connections are made once. With TLS, until the certificate is renewed.
 """
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import dataclass
+
 import grpc
 
+from packlight.core.credentials import CredentialFiles, Credentials
 from packlight.core.errors import StartupError
+from packlight.wire.security import MembersOnly, channel_credentials, server_credentials
 
 COMMON = [
     ("grpc.max_send_message_length", -1),
@@ -34,34 +39,79 @@ CLIENT = [
 SERVER = [*COMMON, ("grpc.http2.min_ping_interval_without_data_ms", 500), ("grpc.so_reuseport", 0)]
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """Connects with the first call."""
-    return grpc.aio.insecure_channel(address, options=CLIENT)
+RETIREMENT_S = 3600.0
+"""How long calls may go on that were begun with a certificate since renewed."""
+
+
+class Dialer:
+    """Opens channels as the process is configured: in the clear, or with what `tls` has now."""
+
+    def __init__(self, tls: CredentialFiles | None = None) -> None:
+        self._tls = tls
+
+    def open(self, address: str) -> grpc.aio.Channel:
+        """Connects with the first call."""
+        if self._tls is None:
+            return grpc.aio.insecure_channel(address, options=CLIENT)
+        # Certificates name the fleet, not the host: see `wire/security.py`.
+        options = [*CLIENT, ("grpc.ssl_target_name_override", self._tls.name)]
+        return grpc.aio.secure_channel(address, channel_credentials(self._tls.current()), options=options)
+
+    @property
+    def certificate(self) -> Credentials | None:
+        """What a channel opened now would show: another object than before after a renewal."""
+        return self._tls.current() if self._tls else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    channel: grpc.aio.Channel
+    certificate: Credentials | None
 
 
 class Channels:
-    """The channels of one process, by address."""
+    """The channels of one process, by address. Create it on the event loop."""
 
-    def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
+    def __init__(self, dialer: Dialer | None = None) -> None:
+        self._dialer = dialer or Dialer()
+        self._kept: dict[str, _Kept] = {}
+        self._retired: dict[grpc.aio.Channel, asyncio.Task[None]] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = open_channel(address)
-        return self._channels[address]
+        """One that shows the present certificate: an older one could not connect again once it has expired."""
+        certificate, kept = self._dialer.certificate, self._kept.get(address)
+        if kept is None or kept.certificate is not certificate:
+            if kept is not None:
+                self._retire(kept.channel)
+            kept = self._kept[address] = _Kept(self._dialer.open(address), certificate)
+        return kept.channel
 
     async def close(self) -> None:
-        for channel in self._channels.values():
+        for task in self._retired.values():
+            task.cancel()
+        for channel in (*self._retired, *(kept.channel for kept in self._kept.values())):
             await channel.close()
-        self._channels.clear()
+        self._retired.clear()
+        self._kept.clear()
+
+    def _retire(self, channel: grpc.aio.Channel) -> None:
+        task = self._retired[channel] = asyncio.create_task(channel.close(RETIREMENT_S))
+        task.add_done_callback(lambda _: self._retired.pop(channel, None))
 
 
-async def start_server(handlers: list[grpc.GenericRpcHandler], host: str, port: int) -> tuple[grpc.aio.Server, int]:
-    """A listening server and its port. Raises StartupError if the address cannot be had."""
-    server = grpc.aio.server(options=SERVER)
+async def start_server(
+    handlers: list[grpc.GenericRpcHandler], host: str, port: int, tls: CredentialFiles | None = None
+) -> tuple[grpc.aio.Server, int]:
+    """A listening server and its port; with `tls`, for members of the fleet alone. Raises StartupError if the address
+    cannot be had."""
+    server = grpc.aio.server(options=SERVER, interceptors=[MembersOnly(tls.name)] if tls else None)
     server.add_generic_rpc_handlers(tuple(handlers))
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        if tls is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, server_credentials(tls))
     except RuntimeError:  # it says no more than that
         raise StartupError(
             f"cannot listen on {host}:{port}: another process has the port, or the host is not ours"

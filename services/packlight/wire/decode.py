@@ -14,7 +14,8 @@ from typing import Protocol, TypeVar
 import grpc
 
 from packlight.core.errors import InternalError, PacklightError, WorkerLost
-from packlight.core.types import Failed, GenerateEvent, GenerateRequest, RequestId, WorkerId, is_terminal
+from packlight.core.types import Failed, GenerateEvent, GenerateRequest, RequestId, is_terminal
+from packlight.core.workers import WorkerId
 from packlight.wire.events import event_from_proto, event_to_proto
 from packlight.wire.requests import generate_from_proto, generate_to_proto
 from packlight.wire.status import error_of

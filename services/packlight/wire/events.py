@@ -1,12 +1,14 @@
 """Events and errors <-> protobuf messages.
 
-Every message that arrives is foreign: an event of an unknown kind is a ShipmentIncompatible, an unknown error an
-InternalError.
+Every message that arrives is foreign: an event of an unknown kind is a ShipmentIncompatible of a shipment and ends an
+answer, an unknown error is an InternalError.
 """
 
 from __future__ import annotations
 
-from packlight.core.errors import PacklightError, ShipmentIncompatible, error_classes
+from dataclasses import asdict, fields
+
+from packlight.core.errors import InternalError, PacklightError, ShipmentIncompatible, error_classes
 from packlight.core.shipping import Accepted, Chunk, FirstToken, LayerHeader, PrefillEvent, Shipped, Waiting
 from packlight.core.types import (
     Failed,
@@ -15,6 +17,7 @@ from packlight.core.types import (
     GenerateEvent,
     KVUsage,
     Progress,
+    RequestId,
     Timings,
     Token,
     Tokens,
@@ -140,14 +143,28 @@ def event_from_proto(message: decode_pb2.Event) -> GenerateEvent:
         case "progress":
             return Progress(message.request_id, usage_from_proto(message.progress))
         case "finished":
-            reason = FinishReason(message.finished.reason)
-            return Finished(message.request_id, reason, usage_from_proto(message.finished.usage))
-        case _:
+            return _finished_from_proto(message.request_id, message.finished)
+        case "failed":
             return Failed(message.request_id, error_from_proto(message.failed))
+        case other:
+            return _not_understood(message.request_id, f"an event of an unknown kind ({other})")
+
+
+def _finished_from_proto(request_id: RequestId, message: decode_pb2.Finished) -> Finished | Failed:
+    try:
+        reason = FinishReason(message.reason)
+    except ValueError:
+        return _not_understood(request_id, f"an unknown reason to finish ({message.reason!r})")
+    return Finished(request_id, reason, usage_from_proto(message.usage))
+
+
+def _not_understood(request_id: RequestId, what: str) -> Failed:
+    """It costs this answer, not the stream and the other answers on it."""
+    return Failed(request_id, InternalError(f"the decode worker sent {what}: does it run another release?"))
 
 
 def usage_to_proto(usage: Usage) -> decode_pb2.Usage:
-    kv, timings = usage.kv, usage.timings
+    kv = usage.kv
     return decode_pb2.Usage(
         num_prompt_tokens=usage.num_prompt_tokens,
         num_cached_tokens=usage.num_cached_tokens,
@@ -163,19 +180,12 @@ def usage_to_proto(usage: Usage) -> decode_pb2.Usage:
             num_read_tokens=kv.num_read_tokens,
             kept_map=kept_map_to_proto(kv.kept_map),
         ),
-        timings=decode_pb2.Timings(
-            decode_queue_s=timings.decode_queue_s,
-            prefill_queue_s=timings.prefill_queue_s,
-            prefill_s=timings.prefill_s,
-            select_s=timings.select_s,
-            transfer_s=timings.transfer_s,
-            first_step_s=timings.first_step_s,
-        ),
+        timings=decode_pb2.Timings(**asdict(usage.timings)),
     )
 
 
 def usage_from_proto(message: decode_pb2.Usage) -> Usage:
-    kv, timings = message.kv, message.timings
+    kv = message.kv
     return Usage(
         num_prompt_tokens=message.num_prompt_tokens,
         num_cached_tokens=message.num_cached_tokens,
@@ -191,14 +201,7 @@ def usage_from_proto(message: decode_pb2.Usage) -> Usage:
             num_read_tokens=kv.num_read_tokens,
             kept_map=kept_map_from_proto(kv.kept_map) if has(kv, "kept_map") else None,
         ),
-        timings=Timings(
-            decode_queue_s=timings.decode_queue_s,
-            prefill_queue_s=timings.prefill_queue_s,
-            prefill_s=timings.prefill_s,
-            select_s=timings.select_s,
-            transfer_s=timings.transfer_s,
-            first_step_s=timings.first_step_s,
-        ),
+        timings=Timings(**{field.name: getattr(message.timings, field.name) for field in fields(Timings)}),
     )
 
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 import grpc
 
 from packlight.core.shipping import PrefillClient, PrefillEvent
-from packlight.core.types import PrefillRequest, WorkerId
+from packlight.core.types import PrefillRequest
+from packlight.core.workers import WorkerId
 from packlight.wire.frames import event_from_bytes, event_to_bytes
 from packlight.wire.requests import prefill_from_proto, prefill_to_proto
 from packlight.wire.status import abort, error_of

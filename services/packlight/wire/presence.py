@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from google.protobuf.message import Message
 
-def has(message: object, field: str) -> bool:
-    return bool(message.HasField(field))  # type: ignore[attr-defined]
+
+def has(message: Message, field: str) -> bool:
+    return bool(message.HasField(field))

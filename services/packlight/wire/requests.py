@@ -41,6 +41,7 @@ def sampling_to_proto(sampling: SamplingParams) -> common_pb2.Sampling:
         logit_bias=dict(sampling.logit_bias),
         seed=sampling.seed & 0xFFFFFFFFFFFFFFFF,
         num_logprobs=sampling.num_logprobs,
+        grammar=sampling.grammar,
     )
 
 
@@ -56,6 +57,7 @@ def sampling_from_proto(message: common_pb2.Sampling) -> SamplingParams:
         logit_bias=tuple(sorted(message.logit_bias.items())),
         seed=message.seed,
         num_logprobs=message.num_logprobs if has(message, "num_logprobs") else None,
+        grammar=message.grammar,
     )
 
 

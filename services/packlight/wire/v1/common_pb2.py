@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epacklight/wire/v1/common.proto\x12\x11packlight.wire.v1\"\xc9\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.packlight.wire.v1.Sampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x06\x12\x19\n\x0cnum_logprobs\x18\n \x01(\rH\x00\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0f\n\r_num_logprobs\"v\n\tStopRules\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x15\n\reos_token_ids\x18\x02 \x03(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x12\x12\n\nmin_tokens\x18\x05 \x01(\r\"\xd0\x02\n\x08PackSpec\x12\x0e\n\x06recipe\x18\x01 \x01(\t\x12\x1a\n\rbudget_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05ratio\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06window\x18\x04 \x01(\r\x12\r\n\x05sinks\x18\x05 \x01(\r\x12\x13\n\x06kernel\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x0f\n\x07pooling\x18\x07 \x01(\t\x12\x12\n\x05\x63odec\x18\x08 \x01(\tH\x03\x88\x01\x01\x12\x37\n\x06params\x18\t \x03(\x0b\x32\'.packlight.wire.v1.PackSpec.ParamsEntry\x12\x12\n\nmass_floor\x18\n \x01(\x01\x1a-\n\x0bParamsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x10\n\x0e_budget_tokensB\x08\n\x06_ratioB\t\n\x07_kernelB\x08\n\x06_codec\"n\n\x07KeptMap\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x12\n\nbin_tokens\x18\x03 \x01(\r\x12\x17\n\x0fnum_kept_tokens\x18\x04 \x03(\x01\x12\x0e\n\x06shares\x18\x05 \x01(\x0c\"p\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x33\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x1d.packlight.wire.v1.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xa6\x01\n\x05\x45rror\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05param\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\x12\x1a\n\rretry_after_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tworker_id\x18\x06 \x01(\tH\x02\x88\x01\x01\x42\x08\n\x06_paramB\x10\n\x0e_retry_after_sB\x0c\n\n_worker_idb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epacklight/wire/v1/common.proto\x12\x11packlight.wire.v1\"\xda\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.packlight.wire.v1.Sampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x06\x12\x19\n\x0cnum_logprobs\x18\n \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07grammar\x18\x0b \x01(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0f\n\r_num_logprobs\"v\n\tStopRules\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x15\n\reos_token_ids\x18\x02 \x03(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x12\x12\n\nmin_tokens\x18\x05 \x01(\r\"\xd0\x02\n\x08PackSpec\x12\x0e\n\x06recipe\x18\x01 \x01(\t\x12\x1a\n\rbudget_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05ratio\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06window\x18\x04 \x01(\r\x12\r\n\x05sinks\x18\x05 \x01(\r\x12\x13\n\x06kernel\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x0f\n\x07pooling\x18\x07 \x01(\t\x12\x12\n\x05\x63odec\x18\x08 \x01(\tH\x03\x88\x01\x01\x12\x37\n\x06params\x18\t \x03(\x0b\x32\'.packlight.wire.v1.PackSpec.ParamsEntry\x12\x12\n\nmass_floor\x18\n \x01(\x01\x1a-\n\x0bParamsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x10\n\x0e_budget_tokensB\x08\n\x06_ratioB\t\n\x07_kernelB\x08\n\x06_codec\"n\n\x07KeptMap\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x12\n\nbin_tokens\x18\x03 \x01(\r\x12\x17\n\x0fnum_kept_tokens\x18\x04 \x03(\x01\x12\x0e\n\x06shares\x18\x05 \x01(\x0c\"p\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x33\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x1d.packlight.wire.v1.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xa6\x01\n\x05\x45rror\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05param\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\x12\x1a\n\rretry_after_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tworker_id\x18\x06 \x01(\tH\x02\x88\x01\x01\x42\x08\n\x06_paramB\x10\n\x0e_retry_after_sB\x0c\n\n_worker_idb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,21 +36,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PACKSPEC_PARAMSENTRY']._loaded_options = None
   _globals['_PACKSPEC_PARAMSENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLING']._serialized_start=54
-  _globals['_SAMPLING']._serialized_end=383
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=318
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=366
-  _globals['_STOPRULES']._serialized_start=385
-  _globals['_STOPRULES']._serialized_end=503
-  _globals['_PACKSPEC']._serialized_start=506
-  _globals['_PACKSPEC']._serialized_end=842
-  _globals['_PACKSPEC_PARAMSENTRY']._serialized_start=748
-  _globals['_PACKSPEC_PARAMSENTRY']._serialized_end=793
-  _globals['_KEPTMAP']._serialized_start=844
-  _globals['_KEPTMAP']._serialized_end=954
-  _globals['_TOKEN']._serialized_start=956
-  _globals['_TOKEN']._serialized_end=1068
-  _globals['_TOPLOGPROB']._serialized_start=1070
-  _globals['_TOPLOGPROB']._serialized_end=1117
-  _globals['_ERROR']._serialized_start=1120
-  _globals['_ERROR']._serialized_end=1286
+  _globals['_SAMPLING']._serialized_end=400
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=335
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=383
+  _globals['_STOPRULES']._serialized_start=402
+  _globals['_STOPRULES']._serialized_end=520
+  _globals['_PACKSPEC']._serialized_start=523
+  _globals['_PACKSPEC']._serialized_end=859
+  _globals['_PACKSPEC_PARAMSENTRY']._serialized_start=765
+  _globals['_PACKSPEC_PARAMSENTRY']._serialized_end=810
+  _globals['_KEPTMAP']._serialized_start=861
+  _globals['_KEPTMAP']._serialized_end=971
+  _globals['_TOKEN']._serialized_start=973
+  _globals['_TOKEN']._serialized_end=1085
+  _globals['_TOPLOGPROB']._serialized_start=1087
+  _globals['_TOPLOGPROB']._serialized_end=1134
+  _globals['_ERROR']._serialized_start=1137
+  _globals['_ERROR']._serialized_end=1303
 # @@protoc_insertion_point(module_scope)
