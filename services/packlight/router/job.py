@@ -17,6 +17,7 @@ from packlight.core.errors import InvalidRequest, ModelNotFound
 from packlight.core.trace import TraceContext
 from packlight.core.types import GenerateRequest, ModelSpec
 from packlight.router.dialect import Dialect
+from packlight.router.formats import answer_format
 from packlight.router.params import answer_room, derive_seed, sampling_params, stop_rules
 from packlight.router.schema import Body, StreamOptions
 from packlight.router.validate import read_request
@@ -24,7 +25,8 @@ from packlight.router.validate import read_request
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A valid request. `requests` and `plans` hold one entry per choice, in the order of the choices' indices."""
+    """A valid request. `requests` and `plans` hold one entry per choice, in the order of the choices' indices.
+    `ignored` are fields that are not known, `loosened` what of a schema the answer is not held to."""
 
     answer_id: str
     requests: tuple[GenerateRequest, ...]
@@ -36,6 +38,7 @@ class Job:
     running_usage: bool
     explain: bool
     ignored: list[str]
+    loosened: tuple[str, ...] = ()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -67,9 +70,10 @@ class JobReader:
         rooms = [self._room(body, tokens, dialect.prompt_param) for tokens in prompts]
         plans = [self._plan(body, tokens, dialect) for tokens in prompts]
         options = body.stream_options or StreamOptions()
+        wanted = answer_format(body, self._spec, is_reasoning=dialect.is_reasoning(body))
         return Job(
             answer_id=answer_id,
-            requests=self._requests(body, prompts, rooms, plans, answer_id, time_left_s(), trace),
+            requests=self._requests(body, prompts, rooms, plans, wanted.grammar, answer_id, time_left_s(), trace),
             plans=tuple(plan for plan in plans for _ in range(body.n)),
             num_samples=body.n,
             stops=tuple(body.stop),
@@ -78,6 +82,7 @@ class JobReader:
             running_usage=options.continuous_usage_stats,
             explain=body.explain,
             ignored=ignored,
+            loosened=wanted.loosened,
         )
 
     def _most_prompts(self, body: Body) -> int:
@@ -107,6 +112,7 @@ class JobReader:
         prompts: list[list[int]],
         rooms: list[int],
         plans: list[Plan],
+        grammar: str,
         answer_id: str,
         deadline_s: float,
         trace: TraceContext | None,
@@ -119,7 +125,7 @@ class JobReader:
                 request_id=f"{answer_id}-{prompt_index * body.n + sample}",
                 token_ids=tokens,
                 num_prompt_tokens=len(tokens),
-                sampling=sampling_params(body, derive_seed(seed, sample), self._spec),
+                sampling=sampling_params(body, derive_seed(seed, sample), self._spec, grammar),
                 stop=stop_rules(body, room, self._spec),
                 pack=plan.usual.pack,
                 cache_salt=salt,

@@ -13,7 +13,7 @@ from packlight.core.types import ModelSpec, SamplingParams, StopRules
 from packlight.router.schema import Body
 
 
-def sampling_params(body: Body, seed: int, model: ModelSpec) -> SamplingParams:
+def sampling_params(body: Body, seed: int, model: ModelSpec, grammar: str = "") -> SamplingParams:
     """Raises InvalidRequest for a `logit_bias` key that is not a token of the model."""
     return SamplingParams(
         temperature=body.temperature,
@@ -26,6 +26,7 @@ def sampling_params(body: Body, seed: int, model: ModelSpec) -> SamplingParams:
         logit_bias=_logit_bias(body, model.vocab_size),
         seed=seed,
         num_logprobs=body.num_logprobs,
+        grammar=grammar,
     )
 
 

@@ -1,7 +1,7 @@
 """The request bodies of the OpenAI API, as far as they are served: fields, types, limits, defaults.
 
 Knows one body at a time. What depends on the model (vocabulary, context length) is checked in `params.py` and
-`prepare.py`; what is refused or ignored by name is listed in `validate.py`. Limits are those of OpenAI's published
+`job.py`; what is refused or ignored by name is listed in `validate.py`. Limits are those of OpenAI's published
 schema (version 2.3.0); fields below "extensions" are the ones self-hosted servers share.
 
 `null` means "not given" everywhere: it is removed before these models see the body.
@@ -115,6 +115,40 @@ class TemplateOptions(Part):
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
 
 
+class JsonSchema(Part):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    wanted: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    strict: bool = False
+
+
+class ResponseFormat(Part):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise fault("missing_required_parameter", "The type 'json_schema' needs it.", ".json_schema")
+        return self
+
+
+class StructuredOutputs(Part):
+    """vLLM's names for the same, and for two kinds of answers that OpenAI has no name for: exactly one is given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    regex: Annotated[str, Field(min_length=1, max_length=65536)] | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024)] | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if sum(field is not None for field in (self.json_, self.regex, self.choice)) != 1:
+            raise fault("invalid_value", "Expected exactly one of 'json', 'regex' and 'choice'.")
+        return self
+
+
 class CacheOptions(Part):
     mode: Literal["implicit", "explicit"] = "implicit"
 
@@ -145,6 +179,7 @@ class Body(Part):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128), FailFast()] = []
     cache_salt: Annotated[str, Field(max_length=128, pattern=r"^[^@/\\\x00]*$")] = ""
     kv: Annotated[dict[str, Any], BeforeValidator(_plain_options)] = {}
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -159,6 +194,11 @@ class Body(Part):
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def answer_format(self) -> ResponseFormat:
+        """What the answer is to look like."""
+        return ResponseFormat(type="text")
 
     @property
     def packing(self) -> dict[str, Any]:
@@ -183,6 +223,7 @@ class ChatBody(Body):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: TemplateOptions = TemplateOptions()
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
+    response_format: ResponseFormat = ResponseFormat(type="text")
 
     @model_validator(mode="after")
     def _wants_logprobs(self) -> Self:
@@ -193,6 +234,10 @@ class ChatBody(Body):
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def answer_format(self) -> ResponseFormat:
+        return self.response_format
 
     @property
     def num_logprobs(self) -> int | None:

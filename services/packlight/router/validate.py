@@ -6,7 +6,7 @@ ever dropped silently. Other unknown fields are ignored, and named in a `warning
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -24,16 +24,15 @@ MAX_BRACKETS = 100_000
 
 # Fields that constrain the answer, with the values that ask for nothing.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
-    "structured_outputs": ({},),
     "json_schema": (),
     "regex": (),
     "ebnf": (),
     "grammar": (),
+    "structural_tag": (),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -60,19 +59,22 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 _UNSUPPORTED_PREFIX = "guided_"
 
 # Fields of OpenAI's that are hints, or that concern records this server does not keep.
-_ACCEPTED = {
-    "user",
-    "safety_identifier",
-    "metadata",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "reasoning_effort",
-    "verbosity",
-    "service_tier",
-    "store",
-    "parallel_tool_calls",
-}
+_ACCEPTED = frozenset(
+    {
+        "user",
+        "safety_identifier",
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "verbosity",
+        "service_tier",
+        "store",
+        "parallel_tool_calls",
+    }
+)
 _MAX_NAMED = 8
+_MAX_WARNING_CHARS = 200
 
 
 def read_request(data: bytes, body_type: type[B]) -> tuple[B, list[str]]:
@@ -87,13 +89,24 @@ def read_request(data: bytes, body_type: type[B]) -> tuple[B, list[str]]:
     return body, [name for name in fields if not any(name in names for names in known)]
 
 
-def warning_header(ignored: list[str]) -> dict[str, str]:
-    """RFC 9111's `warning`, naming what was ignored as far as a header can."""
-    if not ignored:
-        return {}
+def warning_header(ignored: Sequence[str], loosened: Sequence[str] = ()) -> dict[str, str]:
+    """RFC 9111's `warning`, naming what was ignored, and what of a schema is not held to, as far as a header can."""
+    warnings = [_ignored_fields(ignored)] if ignored else []
+    if loosened:
+        warnings.append(f"the answer is not held to all of its schema: {_in_header('; '.join(loosened))}")
+    return {"warning": ", ".join(f'299 packlight "{text}"' for text in warnings)} if warnings else {}
+
+
+def _ignored_fields(ignored: Sequence[str]) -> str:
     names = [name for name in ignored if PRINTABLE_NAME.fullmatch(name)][:_MAX_NAMED]
     unnamed = f" and {len(ignored) - len(names)} more" if len(ignored) > len(names) else ""
-    return {"warning": f'299 packlight "ignored unknown parameters: {", ".join(names)}{unnamed}"'}
+    return f"ignored unknown parameters: {', '.join(names)}{unnamed}"
+
+
+def _in_header(text: str) -> str:
+    """Only what a quoted string of a header may hold: a schema's keys are a stranger's."""
+    plain = "".join(character if character.isascii() and character.isprintable() else "?" for character in text)
+    return plain.replace("\\", "?").replace('"', "'")[:_MAX_WARNING_CHARS]
 
 
 def _parse(data: bytes) -> dict[str, Any]:

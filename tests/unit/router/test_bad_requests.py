@@ -18,6 +18,10 @@ def message(**fields: Any) -> dict[str, Any]:
     return {"messages": [USER, fields]}
 
 
+def schema(wanted: dict[str, Any], *, name: str = "s", strict: bool = False) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": name, "strict": strict, "schema": wanted}}
+
+
 # (fields that replace those of a good chat request, param, code)
 BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": None}, "messages", "missing_required_parameter"),
@@ -99,12 +103,30 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"chat_template_kwargs": {"secret-word\n": 1}}, "chat_template_kwargs", "unsupported_parameter"),
     ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs.tokenize", "unsupported_parameter"),
     ({"prompt_cache_options": {"mode": "secret-word"}}, "prompt_cache_options.mode", "invalid_value"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+    ({"response_format": {"type": "secret-word"}}, "response_format.type", "invalid_value"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_required_parameter"),
+    ({"response_format": schema({"type": "secre"})}, "response_format.json_schema.schema", "invalid_value"),
+    ({"response_format": schema({"not": {}}, strict=True)}, "response_format.json_schema.schema", "invalid_value"),
+    ({"response_format": schema({}, name="a b")}, "response_format.json_schema.name", "invalid_value"),
+    ({"response_format": {"type": "json_object"}, "min_tokens": 2}, "min_tokens", "invalid_value"),
+    ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "invalid_value"),
+    ({"response_format": {"type": "json_object"}, "reasoning_effort": "high"}, "response_format", "invalid_value"),
+    (
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        "structured_outputs",
+        "invalid_value",
+    ),
     ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
     ({"tool_choice": "auto"}, "tool_choice", "unsupported_parameter"),
     ({"guided_json": {}}, "guided_json", "unsupported_parameter"),
     ({"guided_\nx": 1}, "guided_*", "unsupported_parameter"),
-    ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "unsupported_parameter"),
+    ({"structured_outputs": {}}, "structured_outputs", "invalid_value"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "invalid_value"),
+    ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex", "invalid_value"),
+    ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs.regex", "string_above_max_length"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "empty_array"),
+    ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice[0]", "empty_string"),
+    ({"structured_outputs": {"grammar": "secret-word"}}, "structured_outputs.grammar", "unsupported_parameter"),
     ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
     ({"audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
     ({"prediction": {"type": "content"}}, "prediction", "unsupported_parameter"),
