@@ -11,6 +11,7 @@ import torch
 from packlight.attention.base import PrefillBatch, PrefillChunk
 from packlight.attention.flashinfer.backend import FlashInferAttention
 from packlight.attention.registry import BACKENDS, FLASHINFER
+from packlight.attention.sdpa import SdpaAttention
 from packlight.compress.codecs.native import NativeCodec
 from packlight.compress.readers.freekv import FreeKVReader
 from packlight.compress.readers.hsa import HSAReader
@@ -87,7 +88,7 @@ def test_prefill_in_ragged_chunks_is_one_causal_attention(backend, window, num_h
             chunks.append(PrefillChunk(start, end - begin, begin, blocks[i][: -(-end // PAGE)]))
             start += end - begin
             done[i] = end
-        hook = lambda layer, q_THD, scale, seen=seen_layers: seen.append((layer, len(q_THD), scale))  # noqa: E731
+        hook = lambda layer, queries, seen=seen_layers: seen.append((layer, len(queries.q_THD), queries.scale))  # noqa: E731
         plan = backend.plan(PrefillBatch(pool, tuple(chunks), hook))
         for layer in range(LAYERS):
             flat = [torch.cat([x[i][layer, begin:end] for i, begin, end in parts]) for x in (q, k, v)]
@@ -102,6 +103,41 @@ def test_prefill_in_ragged_chunks_is_one_causal_attention(backend, window, num_h
             stored_k, stored_v = pool.read_blocks(layer, blocks[i], lengths[i])
             assert torch.equal(stored_k, k[i][layer].transpose(0, 1))
             assert torch.equal(stored_v, v[i][layer].transpose(0, 1))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), GROUPS)
+def test_the_log_sum_exp_that_is_reported_is_that_of_all_a_row_sees(backend, window, num_heads, num_kv_heads):
+    """What is stored from earlier chunks among it, and nothing of another prompt. A backend may leave it out."""
+    generator = torch.Generator().manual_seed(1)
+    pool, book = make_pool(num_kv_heads), PageBook(64)
+    lengths, cuts = [13, 22], [[5, 13], [4, 22]]
+    q, k = ([torch.randn(n, heads, DIM, generator=generator) for n in lengths] for heads in (num_heads, num_kv_heads))
+    blocks = [torch.from_numpy(book.allocate(-(-n // PAGE))).long() for n in lengths]
+    seen, expected = [], []
+    for begins, ends in zip([[0, 0], *zip(*cuts, strict=True)], zip(*cuts, strict=True), strict=False):
+        sizes = [end - begin for begin, end in zip(begins, ends, strict=True)]
+        chunks = [PrefillChunk(sum(sizes[:i]), sizes[i], begins[i], blocks[i][: -(-ends[i] // PAGE)]) for i in range(2)]
+        plan = backend.plan(PrefillBatch(pool, tuple(chunks), lambda layer, queries: seen.append(queries)))
+        flat_q, flat_k = (torch.cat([x[i][begins[i] : ends[i]] for i in range(2)]) for x in (q, k))
+        plan.attend(0, flat_q, flat_k, flat_k, scale=SCALE, sliding_window=window)
+        expected += [slow_lse(q[i], k[i], window)[begins[i] : ends[i]] for i in range(2)]
+    if isinstance(backend, SdpaAttention):
+        assert [queries.lse_TH for queries in seen] == [None, None]
+        return
+    lse_TH = torch.cat([queries.lse_TH for queries in seen])
+    assert lse_TH.dtype == torch.float32
+    torch.testing.assert_close(lse_TH, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+def slow_lse(q_THD, k_SKD, window):
+    """[T, H], fp32; row i sees the last `window` of the keys 0 .. i."""
+    k_SHD = k_SKD.repeat_interleave(q_THD.shape[1] // k_SKD.shape[1], dim=1)
+    rows = [
+        torch.einsum("hd,shd->hs", q_HD, k_SHD[max(0, i + 1 - window) if window else 0 : i + 1])
+        for i, q_HD in enumerate(q_THD)
+    ]
+    return torch.stack([(SCALE * row_HS).logsumexp(-1) for row_HS in rows])
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -162,10 +198,11 @@ def test_layers_are_reported_in_order_once_they_are_attended(backend):
     paged = PagedRows([[[5], [7]]], num_heads=2)
     tokens, seen = paged.new_tokens(paged.rows), []
 
-    def on_layer(layer, q_THD, scale):
+    def on_layer(layer, queries):
         page, offset = divmod([5, 7][layer], PAGE)
         stored = paged.pool.k_pages[paged.table.pages[0, layer, 0, page], offset]
-        seen.append((layer, torch.equal(q_THD, tokens[0][layer]), scale, torch.equal(stored, tokens[1][layer, 0, 0])))
+        is_whole = torch.equal(queries.q_THD, tokens[0][layer])
+        seen.append((layer, is_whole, queries.scale, torch.equal(stored, tokens[1][layer, 0, 0])))
 
     paged.step(backend, paged.rows, tokens=tokens, on_layer=on_layer)
     assert seen == [(0, True, SCALE, True), (1, True, SCALE, True)]

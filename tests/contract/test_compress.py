@@ -19,7 +19,8 @@ from packlight.compress.budget import (
 )
 from packlight.compress.layout import total_pages
 from packlight.compress.pack import pack
-from packlight.compress.recipes import BUDGETS, CODECS, PARAMS, READERS, RECIPES, SCORERS
+from packlight.compress.parts import BUDGETS, CODECS, PARAMS, READERS, SCORERS
+from packlight.compress.recipes import RECIPES
 from packlight.compress.select import Selector, select
 from packlight.compress.window import window_lse, window_mass
 from packlight.core.errors import InternalError

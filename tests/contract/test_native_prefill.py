@@ -78,14 +78,16 @@ class Prompts:
             [self.step(library, [(i, a, b)], window=window)[0] for a, b in zip([0, *cuts], ends, strict=True)]
         )
 
-    def expected(self, i, window=None):
-        q, k, v = (x[i].double() for x in (self.q, self.k, self.v))
-        group = q.shape[1] // k.shape[1]
-        scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(group, 1)) * self.scale
+    def scores(self, i, window=None):
+        """[H, T, T], -inf where a token does not look."""
+        q, k = self.q[i].double(), self.k[i].double()
+        scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * self.scale
         age = torch.arange(len(q))[:, None] - torch.arange(len(q))[None]
-        seen = (age >= 0) & (age < (window or len(q)))
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        return torch.einsum("hts,shd->thd", weights, v.repeat_interleave(group, 1))
+        return scores.masked_fill((age < 0) | (age >= (window or len(q))), -torch.inf)
+
+    def expected(self, i, window=None):
+        v = self.v[i].double().repeat_interleave(self.num_heads // self.v[i].shape[1], 1)
+        return torch.einsum("hts,shd->thd", self.scores(i, window).softmax(-1), v)
 
 
 def assert_close(got, expected, dtype):
@@ -132,6 +134,23 @@ def test_cutting_a_prompt_changes_no_bit(library, threads, shape, window, dtype)
         assert torch.equal(prompts.whole(library, 0, cuts=[400], window=window), whole), num_threads
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("shape", [(9, 3, 64, 16), (4, 2, 128, 32), (7, 1, 40, 24), (2, 2, 32, 8)])
+def test_few_rows_behind_many_keys(library, shape, window, dtype):
+    """As after a prefix hit, alone and beside others: contexts that end within pages and within blocks of keys, pages
+    whose keys lie as products take them and others, and NaN in the pool behind the last token."""
+    num_rows = {650: 1, 523: 11, 700: 34, 599: 80}  # by the prompt's length
+    prompts = Prompts(list(num_rows), shape, dtype)
+    whole = [prompts.whole(library, i, window=window) for i in range(len(num_rows))]
+    parts = [(i, length - rows, length) for i, (length, rows) in enumerate(num_rows.items())]
+    together = prompts.step(library, parts, window=window)
+    for (i, begin, end), got in zip(parts, together, strict=True):
+        assert torch.equal(got, whole[i][begin:])
+        assert torch.equal(got, prompts.step(library, [(i, begin, end)], window=window)[0])
+        assert_close(got, prompts.expected(i, window)[begin:], dtype)
+
+
 @settings(max_examples=10, deadline=None)
 @given(cuts=st.sets(st.integers(1, 399), max_size=6), others=st.lists(st.integers(1, 90), max_size=3))
 def test_neighbours_and_cuts_change_no_bit(cuts, others):
@@ -160,14 +179,30 @@ def test_the_batch_may_be_slices_of_one_tensor(library, dtype):
 def test_the_hook_comes_after_the_layer_is_stored_and_attended(library):
     prompts, seen = Prompts([20], (4, 2, 16, 4), torch.float32), []
 
-    def on_layer(layer, q_THD, scale):
+    def on_layer(layer, queries):
         stored_k, _ = prompts.pool.read_blocks(LAYER, prompts.blocks[0], 20)
-        seen.append(
-            (layer, torch.equal(q_THD, prompts.q[0]), scale, torch.equal(stored_k, prompts.k[0].transpose(0, 1)))
-        )
+        is_stored = torch.equal(stored_k, prompts.k[0].transpose(0, 1))
+        seen.append((layer, torch.equal(queries.q_THD, prompts.q[0]), queries.scale, is_stored))
 
     prompts.step(library, [(0, 0, 20)], on_layer=on_layer)
     assert seen == [(LAYER, True, prompts.scale, True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_log_sum_exp_of_every_row(library, shape, window, dtype):
+    """Of the keys behind the chunk as well; to the same bits however a prompt is cut."""
+    prompts, seen = Prompts([331, 17], shape, dtype), []
+    hook = lambda layer, queries: seen.append(queries.lse_TH)  # noqa: E731
+    prompts.step(library, [(0, 0, 331), (1, 0, 17)], window=window, on_layer=hook)
+    for part in ((0, 0, 270), (0, 270, 331), (1, 0, 17)):
+        prompts.step(library, [part], window=window, on_layer=hook)
+    whole, *cut = seen
+    assert whole.dtype == torch.float32
+    assert torch.equal(whole, torch.cat(cut))
+    expected = torch.cat([prompts.scores(i, window).logsumexp(-1).T for i in range(2)])
+    torch.testing.assert_close(whole.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

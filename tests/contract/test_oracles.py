@@ -13,7 +13,8 @@ from packlight.compress.budget import Site
 from packlight.compress.budgets.ada import blend
 from packlight.compress.budgets.cake import shares
 from packlight.compress.budgets.rocket import split
-from packlight.compress.recipes import BUDGETS, RECIPES, find_recipe
+from packlight.compress.parts import BUDGETS
+from packlight.compress.recipes import RECIPES, find_recipe
 from packlight.compress.select import Selector, keep, rate
 from packlight.compress.topk import top_indices
 from packlight.core.types import PackSpec, Pooling

@@ -24,7 +24,20 @@ from packlight.kv.reading import Reading
 from packlight.kv.summaries import PageSummaries
 from packlight.kv.table import HeadPageTable
 
-LayerHook = Callable[[int, Tensor, float], None]
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LayerQueries:
+    """What a layer asked of its keys: `q_THD` after RoPE, and what q.k is multiplied by.
+
+    lse_TH: fp32, the natural log of the sum of exp(scale * q.k) over all stored tokens that a row sees, its sliding
+    window's if there is one; None where the backend does not say (torch's attention, and decode steps)."""
+
+    q_THD: Tensor
+    scale: float
+    lse_TH: Tensor | None = None
+
+
+LayerHook = Callable[[int, LayerQueries], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +62,9 @@ class PrefillChunk:
 class PrefillBatch:
     """Chunks of several prompts, flat. Each token sees its own prompt up to itself.
 
-    `on_layer(layer, q_THD, scale)` is called after a layer's K and V are stored and its output is computed: selection
-    and shipping of that layer start there, while the next layer computes."""
+    `on_layer(layer, queries)` is called after a layer's K and V are stored and its output is computed: selection and
+    shipping of that layer start there, while the next layer computes. With it, a backend whose attention knows its
+    log-sum-exp keeps it."""
 
     pool: KVPool
     chunks: tuple[PrefillChunk, ...]

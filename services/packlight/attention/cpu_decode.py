@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packlight.attention.base import DecodeBatch
+from packlight.attention.base import DecodeBatch, LayerQueries
 from packlight.attention.chosen import ChosenPages
 from packlight.attention.parts import Part, Parts
 from packlight.attention.scratch import Scratch
@@ -75,7 +75,7 @@ class CpuDecode:
         q, k, v = (_heads_unbroken(x) for x in (q_THD, k_TKD, v_TKD))
         self._run(LayerStep(layer, q, k, v, out_THD, scale, sliding_window))
         if self._batch.on_layer is not None:
-            self._batch.on_layer(layer, q_THD, scale)
+            self._batch.on_layer(layer, LayerQueries(q_THD, scale))
         return out_THD
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from packlight.attention.base import PrefillBatch
+from packlight.attention.base import LayerQueries, PrefillBatch
 from packlight.attention.scratch import Scratch
 from packlight.native.library import Library
 from packlight.native.prefill import ChunkArgs, PrefillArgs, prefill_attention, scratch_bytes
@@ -34,12 +34,11 @@ class CpuPrefill:
     def attend(
         self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, scale: float, sliding_window: int | None
     ) -> Tensor:
-        out_THD = torch.empty(q_THD.shape, dtype=self._batch.pool.dtype)
-        self._run(
-            layer, self._readable(q_THD), self._readable(k_TKD), self._readable(v_TKD), out_THD, scale, sliding_window
-        )
+        out_THD, lse_TH = torch.empty(q_THD.shape, dtype=self._batch.pool.dtype), torch.empty(q_THD.shape[:2])
+        q, k, v = (self._readable(x_TXD) for x_TXD in (q_THD, k_TKD, v_TKD))
+        self._run(layer, q, k, v, out_THD, lse_TH, scale, sliding_window)
         if self._batch.on_layer is not None:
-            self._batch.on_layer(layer, q_THD, scale)
+            self._batch.on_layer(layer, LayerQueries(q_THD, scale, lse_TH))
         return out_THD.to(q_THD.dtype)
 
     def _readable(self, x_TXD: Tensor) -> Tensor:
@@ -48,7 +47,15 @@ class CpuPrefill:
         return x_TXD if x_TXD.stride(2) == 1 else x_TXD.contiguous()
 
     def _run(
-        self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, scale: float, window: int | None
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        out_THD: Tensor,
+        lse_TH: Tensor,
+        scale: float,
+        window: int | None,
     ) -> None:
         pool, num_threads = self._batch.pool, torch.get_num_threads()
         num_tokens, num_heads, head_dim = q_THD.shape
@@ -58,6 +65,7 @@ class CpuPrefill:
             k=k_TKD.data_ptr(),
             v=v_TKD.data_ptr(),
             out=out_THD.data_ptr(),
+            lse=lse_TH.data_ptr(),
             k_pool=pool.k.data_ptr(),
             v_pool=pool.v.data_ptr(),
             scratch=self._scratch.take(num_bytes // 4).data_ptr(),

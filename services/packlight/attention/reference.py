@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from packlight.attention.base import AttentionPlan, DecodeBatch, PrefillBatch
+from packlight.attention.base import AttentionPlan, DecodeBatch, LayerQueries, PrefillBatch
 from packlight.attention.masks import causal_mask
 from packlight.attention.stores import NewTokens, chunk_places
 from packlight.kv.reading import PageQuery
@@ -29,14 +29,15 @@ class ReferencePrefill:
     ) -> Tensor:
         pool = self._batch.pool
         pool.write_blocks(layer, self._blocks_T, self._offsets_T, k_TKD, v_TKD)
-        out_THD = torch.empty_like(q_THD)
+        out_THD, lse_TH = torch.empty_like(q_THD), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
         for chunk in self._batch.chunks:
             k_KSD, v_KSD = pool.read_blocks(layer, chunk.blocks, chunk.num_stored)
             rows = slice(chunk.start, chunk.start + chunk.num_tokens)
-            mask = causal_mask(chunk, sliding_window, q_THD.device)
-            out_THD[rows] = softmax_attention(q_THD[rows], k_KSD, v_KSD, scale, mask)
+            scores_HTS = attention_scores(q_THD[rows], k_KSD, scale, causal_mask(chunk, sliding_window, q_THD.device))
+            out_THD[rows] = softmax_attention(scores_HTS, v_KSD, q_THD.dtype)
+            lse_TH[rows] = scores_HTS.logsumexp(-1).T
         if self._batch.on_layer is not None:
-            self._batch.on_layer(layer, q_THD, scale)
+            self._batch.on_layer(layer, LayerQueries(q_THD, scale, lse_TH))
         return out_THD
 
 
@@ -59,9 +60,10 @@ class ReferenceDecode:
                 start = max(0, k_1SD.shape[1] - sliding_window) if sliding_window else 0
                 heads = slice(head * group, (head + 1) * group)
                 q_1GD = q_THD[index : index + 1, heads]
-                out_THD[index, heads] = softmax_attention(q_1GD, k_1SD[:, start:], v_1SD[:, start:], scale, None)[0]
+                scores_G1S = attention_scores(q_1GD, k_1SD[:, start:], scale)
+                out_THD[index, heads] = softmax_attention(scores_G1S, v_1SD[:, start:], q_THD.dtype)[0]
         if self._batch.on_layer is not None:
-            self._batch.on_layer(layer, q_THD, scale)
+            self._batch.on_layer(layer, LayerQueries(q_THD, scale))
         return out_THD
 
     def _pages(self, index: int, layer: int) -> list[list[int]]:
@@ -119,12 +121,14 @@ def best_pages(scores: list[float], num_pages: int) -> list[int]:
     return sorted({0, len(scores) - 1, *between[: num_pages - 2]})
 
 
-def softmax_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, scale: float, mask_TS: Tensor | None) -> Tensor:
-    """softmax(q k^T * scale) v in float32, returned in q's dtype: `[T, H, D]`."""
-    group = q_THD.shape[1] // k_KSD.shape[0]
-    k_HSD = k_KSD.float().repeat_interleave(group, dim=0)
-    v_HSD = v_KSD.float().repeat_interleave(group, dim=0)
+def attention_scores(q_THD: Tensor, k_KSD: Tensor, scale: float, mask_TS: Tensor | None = None) -> Tensor:
+    """scale * q.k in float32, -inf where the mask hides: `[H, T, S]`."""
+    k_HSD = k_KSD.float().repeat_interleave(q_THD.shape[1] // k_KSD.shape[0], dim=0)
     scores_HTS = torch.einsum("thd,hsd->hts", q_THD.float(), k_HSD) * scale
-    if mask_TS is not None:
-        scores_HTS = scores_HTS.masked_fill(~mask_TS, float("-inf"))
-    return torch.einsum("hts,hsd->thd", scores_HTS.softmax(-1), v_HSD).to(q_THD.dtype)
+    return scores_HTS if mask_TS is None else scores_HTS.masked_fill(~mask_TS, float("-inf"))
+
+
+def softmax_attention(scores_HTS: Tensor, v_KSD: Tensor, dtype: torch.dtype) -> Tensor:
+    """softmax(scores) v in float32, returned as `dtype`: `[T, H, D]`."""
+    v_HSD = v_KSD.float().repeat_interleave(scores_HTS.shape[0] // v_KSD.shape[0], dim=0)
+    return torch.einsum("hts,hsd->thd", scores_HTS.softmax(-1), v_HSD).to(dtype)

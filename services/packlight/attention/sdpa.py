@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight.attention.base import AttentionPlan, DecodeBatch, PrefillBatch, PrefillChunk
+from packlight.attention.base import AttentionPlan, DecodeBatch, LayerQueries, PrefillBatch, PrefillChunk
 from packlight.attention.masks import additive, causal_mask
 from packlight.attention.sdpa_decode import SdpaDecode
 from packlight.attention.stores import chunk_places
@@ -37,7 +37,7 @@ class SdpaPrefill:
             k_KSD, v_KSD = self._stored(layer, chunk, k_TKD[rows], v_TKD[rows])
             out_THD[rows] = self._attend_chunk(chunk, q_THD[rows], k_KSD, v_KSD, scale, sliding_window)
         if self._batch.on_layer is not None:
-            self._batch.on_layer(layer, q_THD, scale)
+            self._batch.on_layer(layer, LayerQueries(q_THD, scale))
         return out_THD
 
     def _stored(self, layer: int, chunk: PrefillChunk, k_TKD: Tensor, v_TKD: Tensor) -> tuple[Tensor, Tensor]:

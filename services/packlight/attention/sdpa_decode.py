@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlight.attention.base import DecodeBatch
+from packlight.attention.base import DecodeBatch, LayerQueries
 from packlight.attention.chosen import ChosenPages
 from packlight.attention.parts import Parts
 from packlight.attention.scratch import Scratch
@@ -37,7 +37,7 @@ class SdpaDecode:
             mask = part.mask(layer, sliding_window)
             out_BKGD[part.index] = F.scaled_dot_product_attention(q_NKGD, k_NKSD, v_NKSD, attn_mask=mask, scale=scale)
         if self._batch.on_layer is not None:
-            self._batch.on_layer(layer, q_THD, scale)
+            self._batch.on_layer(layer, LayerQueries(q_THD, scale))
         return out_BKGD.flatten(1, 2)
 
     def _gather(self, pages_NKC: Tensor) -> tuple[Tensor, Tensor]:

@@ -110,11 +110,12 @@ class Selection:
 
     `indices[k]` are the token indices that KV head k keeps: int64, ascending, unique; lengths may differ by head.
     `retained_mass` is the share of the window's attention mass that lies on kept tokens, mean over KV heads; the
-    window's own columns count as kept. It is 1 where the attention cannot tell the difference.
+    window's own columns count as kept. It is 1 where the attention cannot tell the difference. As a tensor it is still
+    being computed: `select.read_masses` waits for it.
     `num_grown` tokens, over all heads, were added to hold the request's mass floor."""
 
     indices: tuple[Tensor, ...]
-    retained_mass: float
+    retained_mass: float | Tensor
     num_grown: int = 0
 
     def lengths(self) -> list[int]:

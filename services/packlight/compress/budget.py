@@ -15,7 +15,8 @@ from math import ceil
 from typing import NamedTuple, Protocol, cast
 
 from packlight.compress.layout import pages_of
-from packlight.compress.recipes import BUDGETS, find_recipe
+from packlight.compress.parts import BUDGETS
+from packlight.compress.recipes import find_recipe
 from packlight.core.types import ModelSpec, PackSpec
 
 

@@ -33,7 +33,24 @@ def tokens_for_share(candidates: Candidates, share: float) -> list[int]:
 
 def retained_share(candidates: Candidates, prefix: Sequence[Tensor]) -> float:
     """The share of the window's attention mass on the window and on `prefix[k]`, mean over KV heads."""
+    rows = zip(candidates.mass_KS, prefix, strict=True)
+    return float(_share(candidates, torch.stack([row_S[index].sum(dtype=torch.float64) for row_S, index in rows])))
+
+
+def pending_share(candidates: Candidates, prefix: Sequence[Tensor] | Tensor) -> Tensor:
+    """The same as a number that is still on its way, 0-d fp64; NaN where the layer's attention is not finite."""
     mass_KS = candidates.mass_KS
-    kept_K = mass_KS[:, candidates.num_prefix :].sum(dim=1, dtype=torch.float64)
-    kept_K += torch.stack([row_S[index].sum(dtype=torch.float64) for row_S, index in zip(mass_KS, prefix, strict=True)])
-    return float((kept_K / mass_KS.sum(dim=1, dtype=torch.float64)).mean().clamp(max=1.0))
+    if isinstance(prefix, Tensor):
+        kept_K = mass_KS.gather(1, prefix).sum(dim=1, dtype=torch.float64)
+    else:
+        kept_K = torch.stack([row_S[index].sum() for row_S, index in zip(mass_KS.double(), prefix, strict=True)])
+    # A sum shows every NaN and infinity of its terms, and infinity less infinity is NaN.
+    total = mass_KS.sum()
+    return _share(candidates, kept_K) + (total - total)
+
+
+def _share(candidates: Candidates, kept_K: Tensor) -> Tensor:
+    """Of the window and what is kept of the prefix, fp64; 0-d."""
+    mass_KS = candidates.mass_KS
+    kept_K = kept_K + mass_KS[:, candidates.num_prefix :].sum(dim=1, dtype=torch.float64)
+    return (kept_K / mass_KS.sum(dim=1, dtype=torch.float64)).mean().clamp(max=1.0)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from packlight.compress.recipes import CODECS, RECIPES, Param, Recipe, codec_of, codecs_for, find_recipe
+from packlight.compress.parts import CODECS, Param, codecs_for
+from packlight.compress.recipes import RECIPES, Recipe, codec_of, find_recipe
 from packlight.core.errors import InvalidRequest
 from packlight.core.types import ModelSpec, PackSpec, Pooling
 

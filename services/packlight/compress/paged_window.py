@@ -1,7 +1,7 @@
 """The window's attention on the native kernel: keys are read where they lie in the pool, and never gathered.
 
 Knows tensors and their addresses; what is computed stands in `native/src/window_attention.cpp`, and is what
-`window.window_attention` computes of the same keys, up to the rounding of fp32 sums. Legend as in `window.py`.
+`window.attention_given` computes of the same keys, up to the rounding of fp32 sums. Legend as in `window.py`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ class PagedWindow:
         self._pool, self._library = pool, library
         self._scratch = torch.empty(0)
 
-    def attend(self, layer: int, q_WHD: Tensor, blocks: Tensor, num_tokens: int, scale: float) -> WindowAttention:
-        """Of the first `num_tokens` tokens of `blocks`, int64, the last W of which `q_WHD` belongs to."""
+    def attend(
+        self, layer: int, q_WHD: Tensor, blocks: Tensor, num_tokens: int, scale: float, lse_WH: Tensor | None = None
+    ) -> WindowAttention:
+        """See `StoredWindow`."""
         pool, num_threads = self._pool, torch.get_num_threads()
         window, num_heads, head_dim = q_WHD.shape
         assert 1 <= window <= num_tokens <= len(blocks) * pool.page_size, (window, num_tokens, len(blocks))
         q_WHD, blocks = q_WHD.to(pool.dtype), blocks.contiguous()
         q_WHD = q_WHD if q_WHD.stride(2) == 1 else q_WHD.contiguous()
-        mass_KS, lse_HW = torch.empty(pool.num_kv_heads, num_tokens), torch.empty(num_heads, window)
-        num_rows = num_heads // pool.num_kv_heads * window
-        self._reserve(scratch_bytes(self._library, num_rows, num_tokens, head_dim, num_threads))
+        mass_KS = torch.empty(pool.num_kv_heads, num_tokens)
+        lse_HW = torch.empty(num_heads, window) if lse_WH is None else lse_WH.T.contiguous()
+        num_rows, is_known = num_heads // pool.num_kv_heads * window, lse_WH is not None
+        self._reserve(scratch_bytes(self._library, num_rows, num_tokens, head_dim, is_known, num_threads))
         args = WindowArgs(
             q=q_WHD.data_ptr(),
             k_pool=pool.k.data_ptr(),
@@ -55,6 +58,7 @@ class PagedWindow:
             page_size=pool.page_size,
             scale=scale,
             is_bf16=pool.dtype == torch.bfloat16,
+            lse_is_known=is_known,
             num_threads=num_threads,
         )
         window_attention(self._library, args)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,9 +109,13 @@ def split_payload(
     return SplitPayload(coded.view(-1, record), whole, residual.view(-1, native_record), partial)
 
 
-def tokens_per_page(lengths: Sequence[int], page_size: int) -> list[int]:
-    """How many tokens each of the layer's pages holds, in page order: 1 to `page_size`."""
-    return [min(page_size, length - start) for length in lengths for start in range(0, length, page_size)]
+def tokens_per_page(lengths: Sequence[int], page_size: int) -> Tensor:
+    """How many tokens each of the layer's pages holds, in page order, 1 to `page_size`: int64 [P] on the CPU."""
+    tokens_K = np.array([length for length in lengths if length], dtype=np.int64)
+    pages_K = -(-tokens_K // page_size)
+    tokens_P = np.full(pages_K.sum(), page_size)
+    tokens_P[pages_K.cumsum() - 1] -= pages_K * page_size - tokens_K
+    return torch.from_numpy(tokens_P)
 
 
 def _whole_pages(lengths: Sequence[int], page_size: int) -> list[int]:
@@ -120,6 +125,10 @@ def _whole_pages(lengths: Sequence[int], page_size: int) -> list[int]:
 
 def _page_indices(codec: Codec, lengths: Sequence[int], page_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(coded, open) pages among all pages of the layer, ascending int64."""
-    num_tokens_P = torch.tensor(tokens_per_page(lengths, page_size), dtype=torch.int64, device=device)
-    is_open = (num_tokens_P < page_size) & (not codec.is_exact)
-    return (~is_open).nonzero()[:, 0], is_open.nonzero()[:, 0]
+    if codec.is_exact:
+        return torch.arange(total_pages(lengths, page_size), device=device), torch.arange(0, device=device)
+    is_open = tokens_per_page(lengths, page_size) < page_size
+    coded, partial = (~is_open).nonzero()[:, 0], is_open.nonzero()[:, 0]
+    if device.type == "cpu":
+        return coded, partial
+    return coded.pin_memory().to(device, non_blocking=True), partial.pin_memory().to(device, non_blocking=True)

@@ -37,8 +37,11 @@ class WindowAttention(NamedTuple):
 class StoredWindow(Protocol):
     """Who works the attention out over keys that lie in a pool."""
 
-    def attend(self, layer: int, q_WHD: Tensor, blocks: Tensor, num_tokens: int, scale: float) -> WindowAttention:
-        """Of the first `num_tokens` tokens of `blocks`, int64, the last W of which `q_WHD` belongs to."""
+    def attend(
+        self, layer: int, q_WHD: Tensor, blocks: Tensor, num_tokens: int, scale: float, lse_WH: Tensor | None = None
+    ) -> WindowAttention:
+        """Of the first `num_tokens` tokens of `blocks`, int64, the last W of which `q_WHD` belongs to. `lse_WH`, if
+        known, is believed, and saves work."""
         ...
 
 
@@ -64,6 +67,13 @@ def window_attention(q_WHD: Tensor, k_KSD: Tensor, scale: float, *, tile: int = 
             rows = slice(start, start + num_rows)
             lse_KR[head, rows] = _add_mass(_Tiles(q_RD, rows, k_SD, q_WHD.shape[0], tile), mass_KS[head], buffer)
     return WindowAttention(mass_KS, lse_KR.view(-1, q_WHD.shape[0]).T)
+
+
+def attention_given(q_WHD: Tensor, k_KSD: Tensor, scale: float, lse_WH: Tensor | None) -> WindowAttention:
+    """`window_attention`, with less work where the log-sum-exp is known."""
+    if lse_WH is None:
+        return window_attention(q_WHD, k_KSD, scale)
+    return WindowAttention(window_mass(q_WHD, k_KSD, scale, lse_WH), lse_WH)
 
 
 def window_lse(q_WHD: Tensor, k_KSD: Tensor, scale: float, *, tile: int = TILE) -> Tensor:

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packlight.compress.options import check_model, resolve
-from packlight.compress.recipes import CODECS, RECIPES, codecs_for
+from packlight.compress.parts import CODECS, codecs_for
+from packlight.compress.recipes import RECIPES
 from packlight.core.errors import InvalidRequest
 from packlight.core.types import ModelSpec, PackSpec, Pooling
 

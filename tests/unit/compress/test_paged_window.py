@@ -42,9 +42,9 @@ def stored(k_KSD, page_size=4):
     return pool, blocks
 
 
-def attend(library, view, **options):
+def attend(library, view, lse_WH=None, **options):
     pool, blocks = stored(view.k_KSD, **options)
-    return PagedWindow(pool, library).attend(LAYER, view.q_WHD, blocks, view.num_tokens, view.scale)
+    return PagedWindow(pool, library).attend(LAYER, view.q_WHD, blocks, view.num_tokens, view.scale, lse_WH)
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -63,6 +63,9 @@ def test_equals_a_materialised_softmax(library, num_tokens, window, num_kv_heads
     mass_KS, lse_WH = attend(library, view, page_size=page_size)
     assert (mass_KS.dtype, lse_WH.dtype) == (torch.float32, torch.float32)
     torch.testing.assert_close(mass_KS.double(), naive_mass(view), atol=2e-5, rtol=2e-5)
+    again = attend(library, view, lse_WH, page_size=page_size)
+    assert torch.equal(again.lse_WH, lse_WH)
+    torch.testing.assert_close(again.mass_KS.double(), naive_mass(view), atol=2e-5, rtol=2e-5)
     key_HD = view.k_KSD[:, 0].double().repeat_interleave(group, dim=0)
     first_WH = view.scale * torch.einsum("whd,hd->wh", view.q_WHD.double(), key_HD)
     weight_WH = naive_attention(view)[:, :, 0].T
@@ -80,9 +83,10 @@ def test_large_scores_do_not_overflow(library):
 def test_attention_that_is_not_finite_shows(library, bad):
     view = view_of(*draw(600), 8)
     view.k_KSD[1, 300] = bad
-    mass_KS = attend(library, view).mass_KS
-    assert mass_KS[0].isfinite().all()
-    assert not mass_KS[1].sum().isfinite()
+    found = attend(library, view)
+    for mass_KS in (found.mass_KS, attend(library, view, found.lse_WH).mass_KS):
+        assert mass_KS[0].isfinite().all()
+        assert not mass_KS[1].sum().isfinite()
 
 
 def test_strided_queries(library):
@@ -99,11 +103,22 @@ def test_the_same_bits_on_any_number_of_threads(library):
     results = []
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
-        results.append(attend(library, view))
+        found = attend(library, view)
+        results.append((*found, attend(library, view, found.lse_WH).mass_KS))
     torch.set_num_threads(before)
     for result in results[1:]:
-        assert torch.equal(result.mass_KS, results[0].mass_KS)
-        assert torch.equal(result.lse_WH, results[0].lse_WH)
+        assert all(torch.equal(got, first) for got, first in zip(result, results[0], strict=True))
+
+
+def test_a_log_sum_exp_that_is_given_is_believed(library):
+    """It scales each row's weights, and is of the rows and heads it is said to be of."""
+    view = view_of(*draw(300), 8)
+    found = attend(library, view)
+    more_WH = torch.rand(found.lse_WH.shape, generator=torch.Generator().manual_seed(0))
+    attention_HWS = naive_attention(view) * more_WH.T.double()[..., None].neg().exp()
+    expected_KS = attention_HWS.sum(dim=1).unflatten(0, (2, -1)).sum(dim=1)
+    mass_KS = attend(library, view, found.lse_WH + more_WH).mass_KS
+    torch.testing.assert_close(mass_KS.double(), expected_KS, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "adakv", "mass", "cake", "pyramidkv"])

@@ -7,6 +7,7 @@ from packlight.compress.base import Selection
 from packlight.compress.codecs.native import NativeCodec
 from packlight.compress.layout import total_pages
 from packlight.compress.pack import pack
+from packlight.compress.parts import CODECS
 from packlight.compress.payload import (
     decode_layer,
     encode_layer,
@@ -15,7 +16,6 @@ from packlight.compress.payload import (
     split_payload,
     tokens_per_page,
 )
-from packlight.compress.recipes import CODECS
 from packlight.core.errors import ShipmentCorrupt
 
 PAGE, DIM = 4, 8
@@ -34,11 +34,12 @@ def packed_of(lengths, dtype=FP32):
 
 def open_pages(lengths):
     """Which of the layer's pages are partly filled."""
-    return torch.tensor([count < PAGE for count in tokens_per_page(lengths, PAGE)], dtype=torch.bool)
+    return tokens_per_page(lengths, PAGE) < PAGE
 
 
 def test_tokens_per_page():
-    assert tokens_per_page([9, 0, 4, 3], 4) == [4, 4, 1, 4, 3]
+    assert tokens_per_page([9, 0, 4, 3], 4).tolist() == [4, 4, 1, 4, 3]
+    assert tokens_per_page([0, 0], 4).tolist() == []
 
 
 @settings(deadline=None)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from packlight.compress.budget import base_budget, keeps_all
 from packlight.compress.policy import AUTO_OPTIONS, Policy
 from packlight.compress.recipes import RECIPES
-from packlight.core.config import KVConfig, PolicyConfig, PolicyRow, build_config
+from packlight.core.config import KVConfig, PolicyConfig, PolicyRow
+from packlight.core.config_tree import build_config
 from packlight.core.errors import ConfigError, InvalidRequest
 from packlight.core.types import ModelSpec, PackSpec
 from tests.support.router_harness import H2O_POLICY

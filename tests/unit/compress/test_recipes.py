@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from packlight.compress.recipes import BUDGETS, RECIPES, find_recipe, param_of, recipe_table_markdown
+from packlight.compress.parts import BUDGETS
+from packlight.compress.recipes import RECIPES, find_recipe, param_of, recipe_table_markdown
 from packlight.core.errors import InvalidRequest
 from packlight.core.types import PackSpec
 

@@ -5,13 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packlight.compress import select as selecting
 from packlight.compress import window
 from packlight.compress.base import LayerView
-from packlight.compress.select import Selector, select
+from packlight.compress.recipes import RECIPES
+from packlight.compress.select import Selector, read_masses, select
 from packlight.compress.window import window_attention
+from packlight.core.errors import InternalError
 from packlight.core.types import PackSpec
 from tests.support.packing import make_layers, make_view, naive_mass, select_all
+from tests.support.tape import NoWaiting
 
 
 def slow_snapkv(view: LayerView, spec: PackSpec, kernel: int) -> tuple[list[list[float]], list[list[int]]]:
@@ -113,7 +115,7 @@ def test_retained_mass_is_the_kept_share_of_the_attention():
 def test_a_scorer_is_given_the_log_sum_exp(monkeypatch):
     """It is computed once per layer, however many passes follow."""
     calls = []
-    monkeypatch.setattr(selecting, "window_attention", lambda *args: calls.append(1) or window_attention(*args))
+    monkeypatch.setattr(window, "window_attention", lambda *args: calls.append(1) or window_attention(*args))
     monkeypatch.setattr(window, "window_lse", lambda *args, **kwargs: pytest.fail("computed again"))
     select(make_view(100, 8), PackSpec("cake", 40, window=8), num_tokens=100)
     assert calls == [1]
@@ -162,3 +164,51 @@ def test_log_sum_exp_of_the_backend_gives_the_same_selection():
     helped = LayerView(view.q_WHD, view.k_KSD, view.scale, view.layer, view.num_layers, lse_WH)
     pairs = zip(select(helped, spec, num_tokens=300).indices, select(view, spec, num_tokens=300).indices, strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+# ── reading late ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+DROPPING = [name for name, recipe in RECIPES.items() if recipe.drops_tokens]
+
+
+def select_late(views, spec):
+    """Every layer's selection, read late."""
+    num_tokens = views[0].num_tokens
+    selector = Selector(spec, num_prompt_tokens=num_tokens, num_tokens=num_tokens + 3, reads_late=True)
+    return [selection for view in views for _, selection in selector.add(view)]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.parametrize("floor", [0.0, 0.9])
+def test_what_is_read_late_is_the_same_selection(name, floor):
+    views, spec = make_layers(200, 8, 4), PackSpec(name, 60, window=8, kernel=5, mass_floor=floor)
+    late, early = select_late(views, spec), select_all(views, spec, num_tokens=203)
+    for ours, theirs in zip(late, early, strict=True):
+        assert [index.tolist() for index in ours.indices] == [index.tolist() for index in theirs.indices]
+        assert ours.num_grown == theirs.num_grown
+    masses = read_masses([(layer, selection.retained_mass) for layer, selection in enumerate(late)])
+    assert masses == pytest.approx([selection.retained_mass for selection in early], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "rocketkv", "streaming_llm", "pyramidkv", "h2o"])
+def test_nothing_waits_where_lengths_are_known_beforehand(name):
+    views, spec = make_layers(200, 8, 4), PackSpec(name, 60, window=8)
+    with NoWaiting():
+        late = select_late(views, spec)
+    assert len(late) == 4
+    with NoWaiting(), pytest.raises(RuntimeError, match="waits for the device"):
+        select_all(views, spec)
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_attention_that_is_not_finite_is_told_in_the_end_and_of_the_first_such_layer(name):
+    views = make_layers(200, 8, 4)
+    views[1].k_KSD[1, 30], views[2].q_WHD[0, 0, 0] = torch.nan, torch.inf
+    late = select_late(views, PackSpec(name, 60, window=8))
+    assert all(index.min() >= 0 and index.max() < 203 for selection in late for index in selection.indices)
+    masses = [(layer, selection.retained_mass) for layer, selection in enumerate(late)]
+    assert [mass.isfinite().item() for _, mass in masses] == [True, False, False, True]
+    with pytest.raises(InternalError, match="attention of layer 1 is not finite"):
+        read_masses(masses)
+    assert read_masses([masses[0], (7, 1.0)]) == [pytest.approx(masses[0][1].item()), 1.0]
+    assert read_masses([]) == []

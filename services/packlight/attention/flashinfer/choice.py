@@ -6,26 +6,48 @@ with other lengths. Legend: N rows, K KV heads, M pages per head, C pages chosen
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from packlight.attention.choice import ORDINAL, ordered_keys
 
 
-def choose_pages(scores_NKM: Tensor, num_stored_NK: Tensor, num_read_NK: Tensor, width: int) -> Tensor:
-    """Page ordinals int64 `[N, K, C]`, ascending, of which the first `num_read` <= `width` = C are meant; the others
-    repeat the head's last page. `num_stored` >= `num_read` >= 1; a head that reads 1 reads the last page it has.
+class PageBars(NamedTuple):
+    """What decides a choice beside scores: worked out from lengths, once for all layers that have them.
 
-    The first page and the last are always among them, then the best of the others, ties to the lower ordinal. Scores
-    are finite."""
-    top = scores_NKM.shape[-1] - 1
-    ordinal_M = torch.arange(top + 1, device=scores_NKM.device)
+    `is_sure_NKM`: always read. `is_beyond_NKM`: no page of the head. `rank_M`: the larger, the sooner among equals.
+    `is_unread_NKC`: beyond what the head reads. `last_NK1`: the ordinal of its last page."""
+
+    is_sure_NKM: Tensor
+    is_beyond_NKM: Tensor
+    rank_M: Tensor
+    is_unread_NKC: Tensor
+    last_NK1: Tensor
+
+
+def page_bars(num_stored_NK: Tensor, num_read_NK: Tensor, num_pages: int, width: int) -> PageBars:
+    """For scores of M = `num_pages`, of which C = `width` are chosen at most. `num_stored` >= `num_read` >= 1; a head
+    that reads 1 reads the last page it has, else the first one and the last are among those it reads."""
+    ordinal_M = torch.arange(num_pages, device=num_stored_NK.device)
     last_NK1 = num_stored_NK[..., None] - 1
-    is_sure_NKM = (ordinal_M == 0) | (ordinal_M == last_NK1)
-    scores_NKM = scores_NKM.masked_fill(is_sure_NKM, torch.inf).masked_fill(ordinal_M > last_NK1, -torch.inf)
+    return PageBars(
+        is_sure_NKM=(ordinal_M == 0) | (ordinal_M == last_NK1),
+        is_beyond_NKM=ordinal_M > last_NK1,
+        rank_M=num_pages - 1 - ordinal_M,
+        is_unread_NKC=torch.arange(width, device=ordinal_M.device) >= num_read_NK[..., None],
+        last_NK1=last_NK1,
+    )
+
+
+def choose_pages(scores_NKM: Tensor, bars: PageBars) -> Tensor:
+    """Page ordinals int64 `[N, K, C]`, ascending, of which those that are read come first; the others repeat the head's
+    last page. The best, ties to the lower ordinal. Scores are finite where there is a page."""
+    top = scores_NKM.shape[-1] - 1
+    scores_NKM = scores_NKM.masked_fill(bars.is_sure_NKM, torch.inf).masked_fill(bars.is_beyond_NKM, -torch.inf)
     # + 0.0 turns a score of -0.0 into 0.0, which is its equal.
-    keys_NKM = ordered_keys(scores_NKM + 0.0) | (top - ordinal_M)
-    ordinals_NKC = top - (keys_NKM.topk(width, dim=-1).values & ORDINAL)
-    is_unread_NKC = torch.arange(width, device=scores_NKM.device) >= num_read_NK[..., None]
-    ordinals_NKC = ordinals_NKC.masked_fill(is_unread_NKC, top).sort(dim=-1).values
-    return torch.minimum(ordinals_NKC, last_NK1)
+    keys_NKM = ordered_keys(scores_NKM + 0.0) | bars.rank_M
+    ordinals_NKC = top - (keys_NKM.topk(bars.is_unread_NKC.shape[-1], dim=-1).values & ORDINAL)
+    ordinals_NKC = ordinals_NKC.masked_fill(bars.is_unread_NKC, top).sort(dim=-1).values
+    return torch.minimum(ordinals_NKC, bars.last_NK1)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from packlight.attention.base import DecodeBatch
+from packlight.attention.base import DecodeBatch, LayerQueries
 from packlight.attention.flashinfer.kernels import DecodeKernel, KernelShape
 from packlight.attention.flashinfer.lists import PageLists
 from packlight.attention.flashinfer.mirror import TableMirror
@@ -39,7 +39,7 @@ class FlashInferDecode:
         self._store.store(layer, k_TKD, v_TKD, sliding_window)
         out_THD = self._site(layer, q_THD, scale, sliding_window).attend(layer, q_THD)
         if self._batch.on_layer is not None:
-            self._batch.on_layer(layer, q_THD, scale)
+            self._batch.on_layer(layer, LayerQueries(q_THD, scale))
         return out_THD
 
     def _site(self, layer: int, q_THD: Tensor, scale: float, sliding_window: int | None) -> Site:
@@ -58,7 +58,13 @@ class FlashInferDecode:
                 shares.setdefault(id(reading.reader), (reading.reader, []))[1].append(place)
         num_kv_heads = self._batch.pool.num_kv_heads
         choosers = [
-            Chooser(reader, places, num_kv_heads, max_stored=int(reads.num_stored_BK[places].max()))
+            Chooser(
+                reader,
+                places,
+                num_kv_heads,
+                max_stored=int(reads.num_stored_BK[places].max()),
+                max_chosen=reads.max_chosen,
+            )
             for reader, places in shares.values()
         ]
         lists = PageLists(

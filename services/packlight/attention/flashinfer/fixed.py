@@ -91,7 +91,7 @@ class FixedDecode:
             assert self._shape.reading is not None
             every_place = range(num_rows)
             reader, num_pages = self._shape.reading.reader, self._shape.num_pages
-            choosers.append(Chooser(reader, every_place, num_kv_heads, max_stored=num_pages))
+            choosers.append(Chooser(reader, every_place, num_kv_heads, max_stored=num_pages, max_chosen=max_read))
         lists = PageLists(
             self._mirror,
             num_rows=num_rows,

@@ -101,6 +101,10 @@ class PrefillKernel(Protocol):
         """`out_THD` in q's dtype."""
         ...
 
+    def run_with_lse(self, q_THD: Tensor, k_XKPD: Tensor, v_XKPD: Tensor) -> tuple[Tensor, Tensor]:
+        """`out_THD`, and `lse_TH`: fp32, the natural log of the sum of exp(scale * q.k) over what a token sees."""
+        ...
+
 
 class Kernels(Protocol):
     """A library of kernels, on one device."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packlight.attention.base import PrefillBatch
+from packlight.attention.base import LayerQueries, PrefillBatch
 from packlight.attention.flashinfer.kernels import KernelShape, PageCounts, PrefillKernel
 from packlight.attention.stores import chunk_places
 
@@ -31,9 +31,11 @@ class FlashInferPrefill:
         pool = self._batch.pool
         pool.write_blocks(layer, self._blocks_T, self._offsets_T, k_TKD.to(pool.dtype), v_TKD.to(pool.dtype))
         kernel = self._plan(q_THD, scale, sliding_window)
-        out_THD = kernel.run(q_THD.contiguous(), pool.k[:, layer], pool.v[:, layer])
-        if self._batch.on_layer is not None:
-            self._batch.on_layer(layer, q_THD, scale)
+        memory = pool.k[:, layer], pool.v[:, layer]
+        if self._batch.on_layer is None:
+            return kernel.run(q_THD.contiguous(), *memory)
+        out_THD, lse_TH = kernel.run_with_lse(q_THD.contiguous(), *memory)
+        self._batch.on_layer(layer, LayerQueries(q_THD, scale, lse_TH))
         return out_THD
 
     def _plan(self, q_THD: Tensor, scale: float, sliding_window: int | None) -> PrefillKernel:

@@ -9,8 +9,6 @@ Legend as in `bounds.py`, Y = n * K heads.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
@@ -20,14 +18,15 @@ from torch import Tensor
 _TILE = 8192
 
 
+# Triton reads annotations, and knows no types but its own.
 @triton.jit  # type: ignore[untyped-decorator]
-def _products(
-    probe_YGE: Any,
-    bounds_NE: Any,
-    pages_YM: Any,
-    num_stored_Y: Any,
-    out_YGM: Any,
-    num_pages: Any,
+def _products(  # type: ignore[no-untyped-def]
+    probe_YGE,
+    bounds_NE,
+    pages_YM,
+    num_stored_Y,
+    out_YGM,
+    num_pages,
     group: tl.constexpr,
     width: tl.constexpr,
     padded_width: tl.constexpr,

@@ -19,11 +19,15 @@ def page_scores(
     scale: float,
     bounds_NE: Tensor,
     pages_nKM: Tensor,
-    lengths_nK: Tensor,
-    page_size: int,
+    num_stored_nK: Tensor,
+    num_tokens_nKM: Tensor,
 ) -> Tensor:
     """fp32 `[n, K, M]`, finite where there is a page. `pages_nKM` may hold any ids behind a head's last page."""
-    start_M = torch.arange(pages_nKM.shape[-1], device=pages_nKM.device) * page_size
-    num_tokens_nKM = (lengths_nK[..., None] - start_M).clamp(0, page_size)
-    bounds = StoredBounds(bounds_NE, pages_nKM, -(-lengths_nK // page_size))
+    bounds = StoredBounds(bounds_NE, pages_nKM, num_stored_nK)
     return reader.score(PageQuery(layer, rows, q_nKGD, scale, bounds, num_tokens_nKM))
+
+
+def page_fills(lengths_nK: Tensor, page_size: int, num_pages: int) -> Tensor:
+    """`[n, K, M]`: how many tokens are on each of M = `num_pages` pages, 0 behind the last."""
+    start_M = torch.arange(num_pages, device=lengths_nK.device) * page_size
+    return (lengths_nK[..., None] - start_M).clamp(0, page_size)

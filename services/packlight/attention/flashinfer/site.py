@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from packlight.attention.base import DecodeBatch
-from packlight.attention.flashinfer.choice import choose_pages
+from packlight.attention.flashinfer.choice import PageBars, choose_pages, page_bars
 from packlight.attention.flashinfer.kernels import DecodeKernel, KernelShape
 from packlight.attention.flashinfer.lists import PageLists
 from packlight.attention.flashinfer.mirror import TableMirror
 from packlight.attention.flashinfer.reads import HeadReads
-from packlight.attention.flashinfer.scores import page_scores
+from packlight.attention.flashinfer.scores import page_fills, page_scores
 from packlight.attention.upload import upload
 from packlight.kv.fp8_pool import FP8Pool
 from packlight.kv.pool import KVPool, PackedPool
@@ -37,43 +37,49 @@ def stored_dtype(pool: PackedPool) -> torch.dtype:
 class Chooser:
     """Rows of a batch whose pages one reader rates. `places` are theirs in the batch."""
 
-    def __init__(self, reader: PageReader, places: Sequence[int], num_kv_heads: int, *, max_stored: int) -> None:
-        self.reader, self.max_stored = reader, max_stored
+    def __init__(
+        self, reader: PageReader, places: Sequence[int], num_kv_heads: int, *, max_stored: int, max_chosen: int
+    ) -> None:
+        self.reader, self._max_stored, self._max_chosen = reader, max_stored, max_chosen
         self._places, self._num_kv_heads = list(places), num_kv_heads
-        self._inputs: Tensor | None = None
+        self._inputs: tuple[Tensor, ...] = ()  # stay where they are over all loads
 
-    def load(self, reads: HeadReads, rows: list[int], mirror: TableMirror) -> None:
-        """`rows` are those of the whole batch."""
+    def load(self, reads: HeadReads, rows: list[int], mirror: TableMirror, page_size: int) -> None:
+        """`rows` are those of the whole batch. What depends on lengths alone is worked out here, for all layers."""
         self._rows = [rows[place] for place in self._places]
         some = (reads.lengths_BK, reads.num_stored_BK, reads.num_read_BK)
         lengths_nK = [x_BK[self._places] for x_BK in some]
         row_nK, place_nK = (np.repeat(np.array(x)[:, None], self._num_kv_heads, 1) for x in (self._rows, self._places))
-        inputs = upload(np.stack([*lengths_nK, row_nK, place_nK]).astype(np.int64), mirror.pages_RLKM.device)
-        if self._inputs is None:
-            self._inputs = torch.empty_like(inputs)
-        self._inputs.copy_(inputs)
+        stacked = np.stack([*lengths_nK, row_nK, place_nK]).astype(np.int64)
+        lengths, num_stored, num_read, rows_nK, places_nK = upload(stacked, mirror.pages_RLKM.device)
+        fresh = (
+            rows_nK[:, 0], places_nK[:, 0], num_stored, page_fills(lengths, page_size, self._max_stored),
+            *page_bars(num_stored, num_read, self._max_stored, self._max_chosen),
+        )  # fmt: skip
+        self._inputs = self._inputs or tuple(torch.empty_like(x) for x in fresh)
+        for kept, x in zip(self._inputs, fresh, strict=True):
+            kept.copy_(x)
 
     def choose(
         self, layer: int, q_BKGD: Tensor, scale: float, batch: DecodeBatch, mirror: TableMirror, out_BKC: Tensor
     ) -> None:
         """Write the ordinals of the pages that each head reads."""
-        assert self._inputs is not None, "choose before load"
+        assert self._inputs, "choose before load"
         assert batch.summaries is not None
-        lengths_nK, num_stored_nK, num_read_nK, row_nK, place_nK = self._inputs
-        pages_nKM = mirror.pages_RLKM[:, layer, :, : self.max_stored].index_select(0, row_nK[:, 0])
+        row_n, place_n, num_stored_nK, num_tokens_nKM, *bars = self._inputs
+        pages_nKM = mirror.pages_RLKM[:, layer, :, : self._max_stored].index_select(0, row_n)
         scores_nKM = page_scores(
             self.reader,
             layer,
             self._rows,
-            q_BKGD.index_select(0, place_nK[:, 0]),
+            q_BKGD.index_select(0, place_n),
             scale,
             batch.summaries.bounds_NE,
             pages_nKM,
-            lengths_nK,
-            batch.pool.page_size,
+            num_stored_nK,
+            num_tokens_nKM,
         )
-        chosen_nKC = choose_pages(scores_nKM, num_stored_nK, num_read_nK, out_BKC.shape[-1])
-        out_BKC.index_copy_(0, place_nK[:, 0], chosen_nKC)
+        out_BKC.index_copy_(0, place_n, choose_pages(scores_nKM, PageBars(*bars)))
 
 
 class Site:
@@ -90,7 +96,7 @@ class Site:
         self._indices_J = self._kernel.plan(reads.counts(shape.page_size), shape)
         self._lists.load(reads, rows)
         for chooser in self._choosers:
-            chooser.load(reads, rows, self._mirror)
+            chooser.load(reads, rows, self._mirror, shape.page_size)
 
     def attend(self, layer: int, q_THD: Tensor) -> Tensor:
         """`out_THD` over what is stored by now, the new tokens included."""

@@ -15,41 +15,49 @@ from packlight.attention.upload import upload
 
 
 class TokenStore:
-    """Memory stays where it is over all loads of as many rows."""
+    """Memory stays where it is over all loads of as many rows. What depends on lengths alone is worked out in `load`,
+    for all layers: in a captured step every launch counts."""
 
     def __init__(self, num_rows: int, num_layers: int, num_kv_heads: int, device: torch.device) -> None:
-        self._slots_BLK = torch.zeros((num_rows, num_layers, num_kv_heads), dtype=torch.int64, device=device)
+        self._places_3LX = torch.zeros((3, num_layers, num_rows * num_kv_heads), dtype=torch.int64, device=device)
+        self._is_first_LX1 = torch.zeros((*self._places_3LX.shape[1:], 1), dtype=torch.bool, device=device)
         self._num_dense_B: list[int] = []  # layers before this one are not summarised
-        self._places: dict[tuple[int, ...], Tensor] = {}
+        self._heads: dict[tuple[int, ...], Tensor] = {}
 
     def load(self, batch: DecodeBatch) -> None:
-        self._batch = batch
-        self._slots_BLK.copy_(upload(new_token_slots(batch), self._slots_BLK.device))
-        num_layers = self._slots_BLK.shape[1]
+        self._batch, page_size = batch, batch.pool.page_size
+        slots_LX = new_token_slots(batch).swapaxes(0, 1).reshape(self._places_3LX.shape[1:])
+        places = np.stack([slots_LX, slots_LX // page_size, slots_LX % page_size == 0])
+        self._places_3LX.copy_(upload(places, self._places_3LX.device))
+        self._is_first_LX1.copy_(self._places_3LX[2, :, :, None])
+        num_layers = len(slots_LX)
         self._num_dense_B = [num_layers if reading is None else reading.num_dense_layers for reading in batch.reads]
 
     def store(self, layer: int, k_TKD: Tensor, v_TKD: Tensor, sliding_window: int | None) -> None:
-        pool, slots_BK = self._batch.pool, self._slots_BLK[:, layer]
-        k_TKD, v_TKD = k_TKD.to(pool.dtype), v_TKD.to(pool.dtype)
-        pool.append(slots_BK.flatten(), k_TKD.flatten(0, 1), v_TKD.flatten(0, 1))
+        pool, (slots_X, pages_X, _) = self._batch.pool, self._places_3LX[:, layer]
+        k_XD, v_XD = k_TKD.to(pool.dtype).flatten(0, 1), v_TKD.to(pool.dtype).flatten(0, 1)
+        pool.append(slots_X, k_XD, v_XD)
         places = tuple(place for place, num_dense in enumerate(self._num_dense_B) if layer >= num_dense)
         if not places or sliding_window is not None:
             return
         assert self._batch.summaries is not None
+        is_first_X1 = self._is_first_LX1[layer]
         if len(places) < len(k_TKD):
-            index = self._index(places)
-            slots_BK, k_TKD = slots_BK[index], k_TKD[index]
-        summarise_tokens(self._batch.summaries.bounds_NE, slots_BK.flatten(), k_TKD.flatten(0, 1), pool.page_size)
+            heads_X = self._heads_of(places)
+            pages_X, is_first_X1, k_XD = pages_X[heads_X], is_first_X1[heads_X], k_XD[heads_X]
+        summarise_tokens(self._batch.summaries.bounds_NE, pages_X, is_first_X1, k_XD)
 
-    def _index(self, places: tuple[int, ...]) -> Tensor:
-        if places not in self._places:
-            self._places[places] = upload(np.array(places, dtype=np.int64), self._slots_BLK.device)
-        return self._places[places]
+    def _heads_of(self, places: tuple[int, ...]) -> Tensor:
+        """The heads of these rows among all."""
+        if places not in self._heads:
+            num_kv_heads = self._batch.pool.num_kv_heads
+            heads = np.array(places)[:, None] * num_kv_heads + np.arange(num_kv_heads)
+            self._heads[places] = upload(heads.ravel().astype(np.int64), self._places_3LX.device)
+        return self._heads[places]
 
 
-def summarise_tokens(bounds_NE: Tensor, slots_X: Tensor, k_XD: Tensor, page_size: int) -> None:
-    """One more key in the pages of these slots. A page's first token begins its summary anew."""
-    pages_X, is_first_X1 = slots_X // page_size, (slots_X % page_size == 0)[:, None]
+def summarise_tokens(bounds_NE: Tensor, pages_X: Tensor, is_first_X1: Tensor, k_XD: Tensor) -> None:
+    """One more key in these pages. A page's first token begins its summary anew."""
     low_XD, high_XD = bounds_NE.index_select(0, pages_X).chunk(2, dim=-1)
     low_XD = torch.where(is_first_X1, k_XD, torch.minimum(low_XD, k_XD))
     high_XD = torch.where(is_first_X1, k_XD, torch.maximum(high_XD, k_XD))
