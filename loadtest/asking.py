@@ -15,13 +15,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from packlight.bench.serve.answers import Answer
-from packlight.bench.serve.stream import Piece, Reading, describe_error, read_stream
+from packlight.bench.serve.stream import Piece, Reading, describe_refusal, read_stream, to_answer
 
 Clock = Callable[[], float]
 PATH = "/v1/chat/completions"
 UNANSWERED = "no whole answer before the run ended"
 _PIECE_BYTES = 1 << 16
-_MICROSECOND = 6
 
 
 class Asker:
@@ -45,7 +44,7 @@ class Asker:
         data = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
         sent_s = self._clock()
         reading = self._read(data)
-        return to_answer(reading, max(due_s, 0.0), sent_s, is_follow_up, references)
+        return to_answer(reading, max(due_s, 0.0), sent_s, references=references, is_follow_up=is_follow_up)
 
     def _read(self, data: bytes) -> Reading:
         pieces: list[Piece] = []
@@ -54,7 +53,7 @@ class Asker:
                 connection.request("POST", self._path, data, self._headers)
                 reply = connection.getresponse()
                 if reply.status != http.client.OK:
-                    return Reading(error=f"HTTP {reply.status}: {refusal(reply.read())}")
+                    return Reading(error=f"HTTP {reply.status}: {describe_refusal(reply.read())}")
                 pieces.extend(self._pieces(reply))
         except (OSError, http.client.HTTPException) as error:
             return Reading(error=f"{type(error).__name__}: {error}")
@@ -64,34 +63,3 @@ class Asker:
         """As they come: `read1` does not wait for more than there is."""
         while data := reply.read1(_PIECE_BYTES):
             yield Piece(self._clock(), data)
-
-
-def to_answer(reading: Reading, due_s: float, sent_s: float, is_follow_up: bool, references: tuple[str, ...]) -> Answer:
-    """What a stream said, as `packlight bench serve` keeps it."""
-    usage = reading.usage or {}
-    counted = usage.get("completion_tokens")
-    is_asked = bool(references) and reading.error is None
-    return Answer(
-        due_s=round(due_s, _MICROSECOND),
-        sent_s=round(sent_s, _MICROSECOND),
-        event_s=tuple(round(at_s, _MICROSECOND) for at_s in reading.event_s),
-        end_s=None if reading.end_s is None else round(reading.end_s, _MICROSECOND),
-        num_prompt_tokens=usage.get("prompt_tokens"),
-        num_cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
-        num_output_tokens=counted or 0,
-        counted_by="tokenizer" if counted is None else "usage",
-        is_follow_up=is_follow_up,
-        found=all(reference in reading.text for reference in references) if is_asked else None,
-        text=reading.text,
-        kv=usage.get("kv"),
-        error=reading.error,
-    )
-
-
-def refusal(body: bytes) -> str:
-    """What a server says instead of an answer: OpenAI's error object, or any text."""
-    try:
-        said = json.loads(body)
-    except ValueError:
-        return body.decode("utf-8", errors="replace")[:300]
-    return describe_error(said.get("error") or said.get("detail") or said if isinstance(said, dict) else said)

@@ -148,7 +148,8 @@ async def steps_of(client: httpx.AsyncClient) -> tuple[float, float]:
     text = (await client.get("/metrics")).text
     values = [re.search(rf"(?m)^packlight_decode_step_seconds_{part} (\S+)$", text) for part in ("count", "sum")]
     assert all(values), "no decode step yet"
-    return tuple(float(value[1]) for value in values if value)  # type: ignore[return-value]
+    count, seconds = (float(value[1]) for value in values if value)
+    return count, seconds
 
 
 if __name__ == "__main__":

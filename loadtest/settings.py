@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from packlight.core.config_tree import split_assignment, with_value
 from packlight.core.errors import ConfigError
 
 
@@ -38,16 +39,8 @@ def override(tree: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
     """A copy of `tree` with `a.b=value` applied, values as in YAML. Raises ConfigError for what is no assignment."""
     changed = dict(tree)
     for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"--set {assignment}: expected path=value, for example --set duration_s=60")
-        *parents, leaf = path.split(".")
-        inner = changed
-        for name in parents:
-            child = inner.get(name)
-            inner[name] = dict(child) if isinstance(child, dict) else {}
-            inner = inner[name]
-        inner[leaf] = _value(assignment, text)
+        path, text = split_assignment(assignment, example="duration_s=60")
+        changed = with_value(changed, path, _value(assignment, text))
     return changed
 
 

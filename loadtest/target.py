@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from loadtest.asking import refusal
 from loadtest.verdict import ServerUnreachable
+from packlight.bench.serve.stream import describe_refusal
 from packlight.core.errors import ConfigError
 
 _TIMEOUT_S = 10.0
@@ -61,7 +61,7 @@ def _list_models(url: str, api_key: str | None) -> list[dict[str, Any]]:
             listed[0]["id"]  # an empty list names none
             return listed
     except urllib.error.HTTPError as error:
-        said = refusal(error.read())
+        said = describe_refusal(error.read())
         raise ConfigError(f"{url}/v1/models: HTTP {error.code}: {said}; name the model: --model MODEL") from None
     except OSError as error:
         reason = getattr(error, "reason", error)

@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ import yaml
 
 from packlight import __version__
 from packlight.bench import command as bench
-from packlight.core.config import Config, build_config
+from packlight.core.config import Config
+from packlight.core.config_tree import build_config
 from packlight.core.errors import ConfigError, StartupError
 from packlight.doctor import command as doctor
 from packlight.evaluate import command as evaluation
 from packlight.telemetry.logs import set_up_logging
 
-ROLES = {
+ROLES: Mapping[str, str] = {
     "serve": "router, prefill and decode in one process (a laptop)",
     "router": "the HTTP API in front of a fleet",
     "prefill": "a prefill worker of a fleet",
@@ -76,7 +77,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
             raise ConfigError(f"--config {path}: not valid YAML: {error}") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"--config {path}: a mapping of sections is expected, got {type(tree).__name__}")
-    return build_config(tree, list(overrides))
+    return build_config(tree, overrides)
 
 
 def _parser() -> argparse.ArgumentParser:

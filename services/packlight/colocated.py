@@ -11,25 +11,21 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 
-import torch
-
 from packlight.core.config import Config, PrefillConfig
-from packlight.core.types import LocalPrefill, Role, WorkerId
+from packlight.core.workers import LocalPrefill, Role, WorkerId
 from packlight.decode.worker import DecodeWorker
 from packlight.engine.compute import Compute
 from packlight.engine.engine import Engine, open_engine
-from packlight.engine.health import HealthServer
+from packlight.engine.foundation import Foundation, open_foundation
 from packlight.engine.host import WorkerProcess, run_until
-from packlight.fleet.heart import worker_identity
-from packlight.fleet.registry import build_fleet
-from packlight.models.opened import open_model
+from packlight.models.grammar import Grammars
 from packlight.prefill.publisher import Publisher
 from packlight.prefill.worker import PrefillWorker
 from packlight.prefix.base import Holder, PrefixIndex
 from packlight.prefix.registry import build_index
 from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics
-from packlight.telemetry.traces import NO_TRACER, Traces, open_traces
-from packlight.wire.channel import Channels
+from packlight.telemetry.traces import NO_TRACER, Traces
+from packlight.wire.channel import Channels, Dialer
 from packlight.wire.decode import decode_handler
 from packlight.wire.prefill import GrpcPrefillClient
 
@@ -51,6 +47,7 @@ class PrefillBeside:
         index: PrefixIndex,
         metrics: PrefillMetrics,
         traces: Traces | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """`identity` is the decode worker's id and generation. Raises ConfigError if not one block fits."""
         holder = Holder(local_id(identity[0]), identity[1])
@@ -58,7 +55,7 @@ class PrefillBeside:
         self.worker_id, self._max_stall_s = holder.worker_id, config.decode.max_stall_s
         runner = engine.prefill_runner(section)
         tracer = traces.tracer(Role.PREFILL, self.worker_id) if traces else NO_TRACER
-        self.worker = PrefillWorker(section, runner, compute, metrics=metrics, tracer=tracer)
+        self.worker = PrefillWorker(section, runner, compute, metrics=metrics, grammars=grammars, tracer=tracer)
         fingerprint = runner.model.spec.fingerprint
         self._publisher = Publisher(index, fingerprint, holder, self.worker.blocks.cache.prefixes)
         self.worker.blocks.inventory = self._publisher
@@ -78,64 +75,50 @@ async def serve(
     config: Config, environ: Mapping[str, str], stop: asyncio.Event, on_progress: Callable[[str], None]
 ) -> None:
     """Runs until `stop`. Raises StartupError if it cannot start."""
-    with HealthServer(Role.DECODE, config.decode) as http:
-        await _serve(config, environ, stop, on_progress, http)
+    prefills = config.decode.local_prefill.kv_memory_bytes > 0
+    index = build_index(config.index, environ, time.monotonic) if prefills else None
+    try:
+        async with open_foundation(config, Role.DECODE, environ, on_progress) as base:
+            await _serve(base, index, stop, on_progress)
+    finally:
+        if index is not None:
+            await index.close()
 
 
 async def _serve(
-    config: Config,
-    environ: Mapping[str, str],
-    stop: asyncio.Event,
-    on_progress: Callable[[str], None],
-    http: HealthServer,
+    base: Foundation, index: PrefixIndex | None, stop: asyncio.Event, on_progress: Callable[[str], None]
 ) -> None:
-    section, traces = config.decode, open_traces(config.telemetry)
-    identity = worker_identity(Role.DECODE, section, environ)
-    fleet = build_fleet(config.fleet, environ, time.monotonic)
-    index = build_index(config.index, environ, time.monotonic) if section.local_prefill.kv_memory_bytes else None
-    if section.threads:
-        torch.set_num_threads(section.threads)
-    opened = open_model(config.model, on_progress=on_progress)
-    engine = open_engine(opened, config, Role.DECODE, on_progress=on_progress)
-    channels = Channels()
-    compute, beside = Compute("decode", max_stall_s=section.max_stall_s), None
-    if index is not None:
-        # The fake model computes differently by role; a real one is shared.
-        twin = engine if opened.folder else open_engine(opened, config, Role.PREFILL, on_progress=on_progress)
-        beside = PrefillBeside(config, identity, twin, compute, index, PrefillMetrics(http.registry), traces)
+    section, channels = base.config.decode, Channels(Dialer(base.tls))
+    compute = Compute("decode", max_stall_s=section.max_stall_s)
+    beside = _prefill_beside(base, compute, index, on_progress) if index is not None else None
 
     def prefill_client(worker_id: WorkerId, address: str) -> PrefillWorker | GrpcPrefillClient:
         if beside is not None and worker_id == beside.worker_id:
             return beside.worker
         return GrpcPrefillClient(channels.get(address), worker_id)
 
-    runner = engine.decode_runner(section)
-    metrics, tracer = DecodeMetrics(http.registry), traces.tracer(Role.DECODE, identity[0])
-    worker = DecodeWorker(section, runner, compute, prefill_client, metrics=metrics, tracer=tracer)
-    worker.prepare(on_progress)
-    process = WorkerProcess(
-        config,
-        section,
-        Role.DECODE,
-        worker,
-        decode_handler(worker),
-        fleet,
-        identity=identity,
-        spec=opened.spec,
-        http=http,
-        environ=environ,
-        also=beside.beat if beside else None,
-        offer=beside.offer if beside else None,
+    metrics, tracer = DecodeMetrics(base.http.registry), base.traces.tracer(base.role, base.identity[0])
+    runner = base.engine.decode_runner(section)
+    worker = DecodeWorker(
+        section, runner, compute, prefill_client, metrics=metrics, grammars=base.grammars, tracer=tracer
     )
+    worker.prepare(on_progress)
+    also, offer = (beside.beat, beside.offer) if beside else (None, None)
+    process = WorkerProcess(base, worker, decode_handler(worker), also=also, offer=offer)
     try:
-        await process.serve(stop, on_progress, engine.watch, *([beside.run] if beside else []))
+        await process.serve(stop, on_progress, *([beside.run] if beside else []))
     finally:
         await channels.close()
-        if index is not None:
-            await index.close()
         compute.close()
-        engine.close()
-        await asyncio.to_thread(traces.close)
+
+
+def _prefill_beside(
+    base: Foundation, compute: Compute, index: PrefixIndex, on_progress: Callable[[str], None]
+) -> PrefillBeside:
+    config, opened, metrics = base.config, base.opened, PrefillMetrics(base.http.registry)
+    # The fake model computes differently by role; a real one is shared.
+    twin = base.engine if opened.folder else open_engine(opened, config, Role.PREFILL, on_progress=on_progress)
+    return PrefillBeside(config, base.identity, twin, compute, index, metrics, base.traces, base.grammars)
 
 
 def _section(config: Config) -> PrefillConfig:

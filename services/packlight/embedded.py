@@ -10,20 +10,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from prometheus_client import CollectorRegistry
 
 from packlight.core.config import Config, FleetConfig, IndexConfig
 from packlight.core.errors import ConfigError
-from packlight.core.types import Role
+from packlight.core.types import ModelSpec
+from packlight.core.workers import Role, WorkerId, WorkerInfo
 from packlight.decode.worker import DecodeWorker
 from packlight.engine.build import build_model, build_runner
 from packlight.engine.compute import Compute
-from packlight.engine.host import Identity, describe, run_until
+from packlight.engine.host import Identity, Worker, describe, run_until
+from packlight.fleet.base import Fleet
 from packlight.fleet.heart import Heart
 from packlight.fleet.registry import build_fleet
 from packlight.fleet.view import FleetView
+from packlight.models.grammar import open_grammars
 from packlight.models.opened import OpenedModel, open_model
 from packlight.prefill.publisher import Publisher
 from packlight.prefill.worker import PrefillWorker
@@ -44,55 +48,23 @@ class Embedded:
     """All three roles. `run` keeps them alive; `app` is the router's. Create it on the event loop."""
 
     def __init__(self, config: Config, opened: OpenedModel, on_progress: Callable[[str], None]) -> None:
-        self._config, registry = config, CollectorRegistry()
         _refuse_division(config)
+        self._config, self._registry = config, CollectorRegistry()
         self._traces = open_traces(config.telemetry)
         self._compute = Compute(max_stall_s=config.decode.max_stall_s)
-        if config.prefill.threads or config.decode.threads:
-            torch.set_num_threads(max(config.prefill.threads or 1, config.decode.threads or 1))
-        model = build_model(opened, config.model, Role.PREFILL, on_progress=on_progress)
-        # The fake model computes differently by role; a real one is shared.
-        twin = model if opened.folder else build_model(opened, config.model, Role.DECODE, on_progress=on_progress)
-        device, self.spec = config.model.device, model.spec
-        self.prefill = PrefillWorker(
-            config.prefill,
-            build_runner(model, device, config.kv, config.prefill),
-            self._compute,
-            metrics=PrefillMetrics(registry),
-            tracer=self._traces.tracer(Role.PREFILL, PREFILL_ID),
-        )
-        self.decode = DecodeWorker(
-            config.decode,
-            build_runner(twin, device, config.kv, config.decode),
-            self._compute,
-            lambda worker_id, address: self.prefill,
-            metrics=DecodeMetrics(registry),
-            tracer=self._traces.tracer(Role.DECODE, DECODE_ID),
-        )
-        self.decode.prepare(on_progress)
+        self.prefill, self.decode = self._make_workers(opened, on_progress)
         self.index = build_index(IndexConfig(backend="memory"), {}, time.monotonic)
-        fleet = build_fleet(FleetConfig(backend="memory", ttl_s=config.fleet.ttl_s), {}, time.monotonic)
         holder = Holder(PREFILL_ID, 1)
-        self._publisher = Publisher(self.index, self.spec.fingerprint, holder, self.prefill.blocks.cache.prefixes)
+        self._publisher = Publisher(self.index, opened.spec.fingerprint, holder, self.prefill.blocks.cache.prefixes)
         self.prefill.blocks.inventory = self._publisher
-        page_size, period_s = config.kv.page_size, config.fleet.heartbeat_s
-        prefill_identity = Identity(PREFILL_ID, 1, Role.PREFILL, "in-process")
-        decode_identity = Identity(DECODE_ID, 1, Role.DECODE, "in-process")
-        self._hearts = (
-            Heart(
-                fleet,
-                lambda: describe(prefill_identity, self.prefill, self.spec, page_size),
-                period_s=period_s,
-                also=self._publisher.beat,
-            ),
-            Heart(fleet, lambda: describe(decode_identity, self.decode, self.spec, page_size), period_s=period_s),
-        )
-        self.view = FleetView(fleet, poll_s=period_s, suspect_s=config.fleet.ttl_s, clock=time.monotonic)
-        metrics = RouterMetrics(registry)
+        fleet = build_fleet(FleetConfig(backend="memory", ttl_s=config.fleet.ttl_s), {}, time.monotonic)
+        self._hearts = self._make_hearts(fleet, opened.spec)
+        poll_s, suspect_s = config.fleet.heartbeat_s, config.fleet.ttl_s
+        self.view = FleetView(fleet, poll_s=poll_s, suspect_s=suspect_s, clock=time.monotonic)
+        metrics, tracer = RouterMetrics(self._registry), self._traces.tracer("router", "router")
         clients = LocalDecodeClients({DECODE_ID: self.decode})
-        tracer = self._traces.tracer("router", "router")
-        self.pipeline = Pipeline(config.router, self.spec, self.index, self.view, clients, metrics, tracer=tracer)
-        self.app = build_app(config, ServedModel(self.spec, opened.tokenizer), self.pipeline, metrics, tracer=tracer)
+        self.pipeline = Pipeline(config.router, opened.spec, self.index, self.view, clients, metrics, tracer=tracer)
+        self.app = build_app(config, ServedModel(opened.spec, opened.tokenizer), self.pipeline, metrics, tracer=tracer)
 
     async def start(self) -> None:
         """Both workers are on the board, and the router has seen them."""
@@ -110,6 +82,48 @@ class Embedded:
         await self.view.close()
         self._compute.close()
         await asyncio.to_thread(self._traces.close)
+
+    def _make_workers(
+        self, opened: OpenedModel, on_progress: Callable[[str], None]
+    ) -> tuple[PrefillWorker, DecodeWorker]:
+        config, device = self._config, self._config.model.device
+        if config.prefill.threads or config.decode.threads:
+            torch.set_num_threads(max(config.prefill.threads or 1, config.decode.threads or 1))
+        model = build_model(opened, config.model, Role.PREFILL, on_progress=on_progress)
+        # The fake model computes differently by role; a real one is shared.
+        twin = model if opened.folder else build_model(opened, config.model, Role.DECODE, on_progress=on_progress)
+        grammars = open_grammars(opened.tokenizer, opened.spec)
+        prefill = PrefillWorker(
+            config.prefill,
+            build_runner(model, device, config.kv, config.prefill),
+            self._compute,
+            metrics=PrefillMetrics(self._registry),
+            grammars=grammars,
+            tracer=self._traces.tracer(Role.PREFILL, PREFILL_ID),
+        )
+        decode = DecodeWorker(
+            config.decode,
+            build_runner(twin, device, config.kv, config.decode),
+            self._compute,
+            lambda worker_id, address: prefill,
+            metrics=DecodeMetrics(self._registry),
+            grammars=grammars,
+            tracer=self._traces.tracer(Role.DECODE, DECODE_ID),
+        )
+        decode.prepare(on_progress)
+        return prefill, decode
+
+    def _make_hearts(self, fleet: Fleet, spec: ModelSpec) -> tuple[Heart, Heart]:
+        page_size, period_s = self._config.kv.page_size, self._config.fleet.heartbeat_s
+
+        def say(worker_id: WorkerId, role: Role, worker: Worker) -> Callable[[], WorkerInfo]:
+            return partial(describe, Identity(worker_id, 1, role, "in-process"), worker, spec, page_size)
+
+        prefill, decode = say(PREFILL_ID, Role.PREFILL, self.prefill), say(DECODE_ID, Role.DECODE, self.decode)
+        return (
+            Heart(fleet, prefill, period_s=period_s, also=self._publisher.beat),
+            Heart(fleet, decode, period_s=period_s),
+        )
 
 
 def _refuse_division(config: Config) -> None:

@@ -21,6 +21,7 @@ BENCHES: Mapping[str, str] = MappingProxyType(
         "prefill": "packlight.bench.micro.prefill",
         "attention": "packlight.bench.micro.attention",
         "selection": "packlight.bench.micro.selection",
+        "packing": "packlight.bench.micro.packing",
         "codecs": "packlight.bench.micro.codecs",
         "transport": "packlight.bench.micro.transport",
         "index": "packlight.bench.micro.index",

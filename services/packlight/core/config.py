@@ -1,7 +1,7 @@
 """The configuration tree: every knob of every process, its type, its limits and its default.
 
-Knows plain dictionaries. Reading files and command lines is the CLI's job. One YAML file has the same shape everywhere
-(laptop, container, ConfigMap) and every process reads the part it needs; `--set a.b=c` changes one leaf. From the
+Knows what can be set. Does not know where a value comes from: `config_tree.py` reads files' trees and flags. The tree
+has the same shape everywhere (laptop, container, ConfigMap), and every process reads the part it needs. From the
 environment come identity (`POD_NAME`, `POD_IP`, `POD_REVISION`) and secrets (`REDIS_URL`) only.
 `docs/configuration.md` is generated from this file.
 """
@@ -9,11 +9,9 @@ environment come identity (`POD_NAME`, `POD_IP`, `POD_REVISION`) and secrets (`R
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from packlight.core.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class DType(StrEnum):
@@ -172,6 +170,12 @@ class WorkerSection(Section):
         "`model.device` on. A divisor of the KV heads. Prefill and decode workers may differ. Not in `packlight "
         "serve`.",
     )
+    rank_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="With `tensor_parallel` above 1: how long one rank may keep the others waiting inside a step. Then "
+        "the step fails and the worker ends, because a part of the model is missing.",
+    )
     kv_memory_bytes: int = Field(1 << 30, ge=1 << 16, description="Memory of the KV pool, of all ranks together.")
     max_queue: int = Field(64, ge=1, description="Requests waiting for admission; one more is refused.")
     drain_s: float = Field(30.0, ge=0, description="On SIGTERM: how long running requests may still take.")
@@ -252,7 +256,12 @@ class DecodeConfig(WorkerSection):
 class IndexConfig(Section):
     backend: str = Field("memory", description="`memory` (one process) or `redis` (a fleet).")
     redis_url: str | None = Field(None, description="Default: `REDIS_URL`.")
-    timeout_s: float = Field(0.02, gt=0, description="No request waits longer than this on Redis.")
+    timeout_s: float = Field(
+        0.02,
+        gt=0,
+        description="No request waits longer than this on Redis, connecting included: with `rediss://`, or a server "
+        "several milliseconds away, give it 0.1.",
+    )
     breaker_s: float = Field(1.0, gt=0, description="After a failure Redis is left alone for this long.")
     max_nodes: int = Field(100_000, ge=100, description="Radix nodes kept per model; the least recently used go first.")
 
@@ -261,6 +270,48 @@ class FleetConfig(Section):
     backend: str = Field("memory", description="`memory` (one process) or `redis`.")
     heartbeat_s: float = Field(1.0, gt=0, description="How often a worker reports.")
     ttl_s: float = Field(5.0, gt=0, description="A worker silent for this long is dead.")
+
+
+PLAIN_TRANSPORTS = ("process_group", "nixl")
+"""KV transports with connections of their own, which gRPC's TLS does not cover."""
+
+
+class TlsConfig(Section):
+    ca: str | None = Field(
+        None,
+        min_length=1,
+        description="File of the CA certificates that vouch for the fleet's members. With `cert` and `key`, traffic "
+        "between router and workers is encrypted, and each end shows the other a certificate. All processes of a "
+        "fleet have it or none has. The three files are read again when they change. No part of `packlight serve`.",
+    )
+    cert: str | None = Field(
+        None,
+        min_length=1,
+        description="File of this process's certificate, for both ends of a call, with what is between it and `ca`.",
+    )
+    key: str | None = Field(None, min_length=1, description="File of the certificate's key, unencrypted.")
+    name: str = Field(
+        "packlight",
+        pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$",
+        description="DNS name that makes a certificate one of this fleet: every certificate has it, whatever the host.",
+    )
+    allow_plain_transports: bool = Field(
+        False,
+        description="Let `process_group` and `nixl` move KV although TLS does not cover them: where their network is "
+        "the workers' own.",
+    )
+
+    @property
+    def is_on(self) -> bool:
+        return self.ca is not None
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> Self:
+        files = {"ca": self.ca, "cert": self.cert, "key": self.key}
+        missing = [f"tls.{name}" for name, path in files.items() if path is None]
+        if 0 < len(missing) < len(files):
+            raise ValueError(f"without {' and '.join(missing)}: set tls.ca, tls.cert and tls.key, or none of them")
+        return self
 
 
 class TelemetryConfig(Section):
@@ -291,6 +342,7 @@ class Config(Section):
     decode: DecodeConfig = DecodeConfig()
     index: IndexConfig = IndexConfig()
     fleet: FleetConfig = FleetConfig()
+    tls: TlsConfig = TlsConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     log_level: str = Field(
         "info", pattern="^(debug|info|warning|error)$", description="Least severe level that is logged."
@@ -299,46 +351,12 @@ class Config(Section):
         "pretty", description="`pretty`: lines for people; `json`: an object a line, for a log collector."
     )
 
-
-def build_config(tree: dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """The typed tree of `tree` (a parsed YAML file) with `a.b=c` overrides applied.
-
-    Raises ConfigError naming the path, the value and the limit."""
-    merged = dict(tree)
-    for override in overrides or []:
-        _apply(merged, override)
-    try:
-        return Config.model_validate(merged)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"--set {override}: expected path=value, for example --set router.port=8080")
-    *parents, leaf = path.split(".")
-    for name in parents:
-        child = tree.get(name)
-        tree[name] = dict(child) if isinstance(child, dict) else {}
-        tree = tree[name]
-    tree[leaf] = _scalar(value)
-
-
-def _scalar(text: str) -> Any:
-    """`null`, booleans, lists `[a,b]`; numbers stay text, which pydantic converts to the field's type. `none` too, as
-    in YAML: it is a recipe."""
-    if text in ("null", "~"):
-        return None
-    if text in ("true", "false"):
-        return text == "true"
-    if text.startswith("[") and text.endswith("]"):
-        return [item.strip() for item in text[1:-1].split(",") if item.strip()]
-    return text
-
-
-def _explain(detail: Any) -> str:
-    path = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"{path}: no such setting (docs/configuration.md lists them all)"
-    return f"{path}: {detail['msg'].lower()}, got {detail['input']!r}"
+    @model_validator(mode="after")
+    def _nothing_in_the_clear_unasked(self) -> Self:
+        plain = [name for name in self.decode.transports if name in PLAIN_TRANSPORTS]
+        if self.tls.is_on and plain and not self.tls.allow_plain_transports:
+            raise ValueError(
+                f"decode.transports names {' and '.join(plain)}, which TLS does not cover: KV would travel in the "
+                "clear. Leave it out, or set tls.allow_plain_transports=true if its network is the workers' own"
+            )
+        return self

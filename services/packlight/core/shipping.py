@@ -22,7 +22,7 @@ from typing import Protocol
 from packlight.core.kept_map import KeptMap
 from packlight.core.types import ModelSpec, PrefillRequest, Token
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)

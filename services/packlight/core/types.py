@@ -1,6 +1,7 @@
 """The values that cross between the router, the workers and the engine.
 
-Knows what a request, an answer event and a usage report are. Does not know HTTP, protobuf, tensors or files.
+Knows what a request, an answer event, a usage report and a model's shape are. Does not know HTTP, protobuf, tensors or
+files, nor what the fleet's board says of a worker (`workers.py`).
 
 Life of a request, and the events that report it:
 
@@ -10,21 +11,16 @@ Life of a request, and the events that report it:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 from packlight.core.errors import InvalidRequest, PacklightError
 from packlight.core.kept_map import KeptMap
 from packlight.core.trace import TraceContext
+from packlight.core.workers import WorkerId
 
 RequestId = str
-WorkerId = str
-
-
-class Role(StrEnum):
-    PREFILL = "prefill"
-    DECODE = "decode"
 
 
 class FinishReason(StrEnum):
@@ -38,7 +34,8 @@ class SamplingParams:
 
     temperature 0 means greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 mean off. `repetition_penalty` counts prompt and
     generated tokens, presence and frequency penalties count generated tokens only. `num_logprobs` None means that no
-    log-probabilities are wanted; 0 means the chosen token's only.
+    log-probabilities are wanted; 0 means the chosen token's only. `grammar` is what the answer must match, in the form
+    of `models/grammar.py`; empty is anything.
     """
 
     temperature: float = 1.0
@@ -51,6 +48,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     num_logprobs: int | None = None
+    grammar: str = ""
 
     @property
     def has_penalties(self) -> bool:
@@ -59,7 +57,7 @@ class SamplingParams:
     @property
     def is_plain_greedy(self) -> bool:
         """The token is the argmax of the raw logits."""
-        return self.temperature == 0.0 and not self.has_penalties and not self.logit_bias
+        return self.temperature == 0.0 and not (self.has_penalties or self.logit_bias or self.grammar)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,55 +282,3 @@ class ModelSpec:
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of exact K and V of one token over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLoad:
-    """What a worker says of itself in each heartbeat: enough to predict how long a new request would wait there.
-
-    Prefilling n tokens takes `fixed_s + n / tokens_per_s` of computing; `step_s` is one decode step's. 0 is unknown.
-    `ship_bytes_per_s` is what a prefill worker ships to whomever, `link_bytes_per_s` what a decode worker gets from
-    each prefill worker that it has measured."""
-
-    num_running: int = 0
-    num_queued: int = 0
-    num_queued_tokens: int = 0
-    num_free_pages: int = 0
-    num_total_pages: int = 0
-    tokens_per_s: float = 0.0
-    step_s: float = 0.0
-    ship_bytes_per_s: float = 0.0
-    fixed_s: float = 0.0
-    link_bytes_per_s: Mapping[WorkerId, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class LocalPrefill:
-    """What a decode worker says of the prompts that it prefills itself, on the cores that it decodes on.
-
-    `worker_id` names it where a prefill worker is named: in requests and in the prefix index. A prompt has
-    `max_tokens` at most; while anything decodes, its chunks take `max_stall_s` each."""
-
-    worker_id: WorkerId
-    max_tokens: int
-    max_stall_s: float
-    load: WorkerLoad = field(default_factory=WorkerLoad)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerInfo:
-    """A live worker. `generation` grows with every restart of the same id, so that old claims can be told apart.
-    `local_prefill` is None unless it is a decode worker that also prefills."""
-
-    worker_id: WorkerId
-    generation: int
-    role: Role
-    address: str
-    model: str
-    fingerprint: str
-    compatibility: str
-    page_size: int = 16
-    max_context: int = 0
-    draining: bool = False
-    load: WorkerLoad = field(default_factory=WorkerLoad)
-    local_prefill: LocalPrefill | None = None

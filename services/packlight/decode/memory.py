@@ -24,8 +24,8 @@ from packlight.core.types import GenerateRequest, ModelSpec, PackSpec
 from packlight.decode.admission import Needs, Reservation, Reservations
 from packlight.kv.pool import PackedPool
 from packlight.kv.reading import MIN_PAGES, Reading
-from packlight.kv.shards import open_book
-from packlight.kv.summaries import PageSummaries
+from packlight.kv.shards import SummarisedPool, open_book
+from packlight.kv.summaries import PageSummaries, SummaryWriter
 from packlight.kv.table import HeadPageTable
 
 
@@ -58,8 +58,9 @@ class DecodeMemory:
             num_kv_heads=pool.num_kv_heads,
             page_size=pool.page_size,
         )
-        num_summaries = pool.num_head_pages if pool.num_shards == 1 else 0  # see `_refuse`
+        num_summaries = 0 if isinstance(pool, SummarisedPool) else pool.num_head_pages
         self.summaries = PageSummaries(num_summaries, pool.head_dim, pool.dtype, str(pool.device))
+        self._summary_writer: SummaryWriter = pool.summaries if isinstance(pool, SummarisedPool) else self.summaries
         self._readers = Readers(page_size=pool.page_size, head_dim=pool.head_dim, num_rows=num_rows)
 
     def plan(self, request: GenerateRequest) -> Holding:
@@ -67,8 +68,12 @@ class DecodeMemory:
         needs = Needs(request, self._spec, self.pool.page_size, num_shards=self.pool.num_shards)
         reservation = Reservation(self.reservations, needs.bound())
         reading = self._readers.reading_of(request.pack, request.num_prompt_tokens)
-        if self.pool.num_shards > 1:
-            self._refuse(request.pack, reading, needs)
+        if self.pool.num_shards > 1 and needs.capacity is not None:
+            raise InvalidRequest(
+                f"recipe {request.pack.recipe!r} evicts while it decodes, which decode.tensor_parallel="
+                f"{self.pool.num_shards} cannot: choose another recipe, such as snapkv",
+                param="kv.recipe",
+            )
         return Holding(request.pack, needs, reservation, reading)
 
     def readings(self, recipes: Iterable[str], num_tokens: int) -> list[Reading]:
@@ -91,9 +96,9 @@ class DecodeMemory:
         holding.reservation.arrive(holding.needs.layer(layer, lengths))
         return torch.from_numpy(self.table.fill_layer(holding.row, layer, list(lengths))).long().to(self.pool.device)
 
-    def summaries_for(self, holding: Holding) -> PageSummaries | None:
+    def summaries_for(self, holding: Holding) -> SummaryWriter | None:
         """Where the pages of the holding are to be summarised; None if nobody will ask."""
-        return self.summaries if holding.reading is not None else None
+        return self._summary_writer if holding.reading is not None else None
 
     def remember(self, holding: Holding, layer: int, lengths: Sequence[int], mass: Tensor) -> None:
         """The attention mass that the prompt gave to the layer's tokens, fp32, head by head."""
@@ -132,16 +137,6 @@ class DecodeMemory:
         holding.reservation.close()
         holding.reading = holding.hitters = None
         holding.arrived = []
-
-    def _refuse(self, pack: PackSpec, reading: Reading | None, needs: Needs) -> None:
-        """What looks into pages from one place cannot be done where pages are in several."""
-        does = "reads pages by their summaries" if reading is not None else "evicts while it decodes"
-        if reading is not None or needs.capacity is not None:
-            raise InvalidRequest(
-                f"recipe {pack.recipe!r} {does}, which decode.tensor_parallel={self.pool.num_shards} cannot: choose "
-                "another recipe, such as snapkv",
-                param="kv.recipe",
-            )
 
     def check_idle(self) -> None:
         """Raise InternalError unless everything is free. Counters only: `check` takes time that grows with the pool."""

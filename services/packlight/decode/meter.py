@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from packlight.core.errors import PacklightError
 from packlight.core.rate import Rate
 from packlight.core.shipping import Shipped
-from packlight.core.types import WorkerId
+from packlight.core.workers import WorkerId
 from packlight.decode.pair_rates import PairRates
 from packlight.decode.task import Task
 from packlight.kv.pages import PageBook

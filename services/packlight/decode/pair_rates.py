@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from packlight.core.rate import Rate
-from packlight.core.types import WorkerId
+from packlight.core.workers import WorkerId
 
 LEAST_BYTES = 64 << 10
 """Smaller shipments tell how long a call takes, not how fast a link is."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from packlight.attention.base import LayerQueries
 from packlight.compress.evict import HeavyHitters, replay
 from packlight.core.errors import InternalError
 from packlight.core.types import Token
@@ -45,6 +46,7 @@ def _sample_row(task: Task) -> SampleRow:
         position=task.next_position + 1,
         penalties=task.penalties,
         banned_token_ids=request.stop.banned(task.num_generated),
+        constraint=task.constraint,
     )
 
 
@@ -71,13 +73,13 @@ class MassWatch:
         places, hitters, rows = zip(*found, strict=True)
         return cls(memory, places, hitters, list(rows))
 
-    def __call__(self, layer: int, q_THD: Tensor, scale: float) -> None:
+    def __call__(self, layer: int, queries: LayerQueries) -> None:
         if not self._hitters[0].watches(layer):  # the same layers for all: those without a sliding window
             return
         pages_BKM = self._pages_BLKM[:, layer]
         self._pool.gather(pages_BKM.flatten(), self._k, self._v)
         k_BKXD = self._k.view(*pages_BKM.shape[:2], -1, self._pool.head_dim)
-        weights_BKX = replay(q_THD[self._places], k_BKXD, self._lengths_BLK[:, layer], scale)
+        weights_BKX = replay(queries.q_THD[self._places], k_BKXD, self._lengths_BLK[:, layer], queries.scale)
         for hitters, weights_KX in zip(self._hitters, weights_BKX, strict=True):
             hitters.add(layer, weights_KX)
 

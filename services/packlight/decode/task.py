@@ -18,6 +18,7 @@ from packlight.core.shipping import Shipped
 from packlight.core.types import FinishReason, GenerateEvent, GenerateRequest, KVUsage, Timings, Token, Usage
 from packlight.decode.memory import Holding
 from packlight.engine.sampler import PenaltyState
+from packlight.models.grammar import Constraint
 from packlight.telemetry.traces import NO_SPAN, Span
 
 Sink = Callable[[GenerateEvent], None]
@@ -40,6 +41,7 @@ class Task:
     stage: Stage = Stage.QUEUED
     generated: list[int] = field(default_factory=list)
     penalties: PenaltyState | None = None
+    constraint: Constraint | None = None
     num_cached_tokens: int = 0
     received_bytes: int = 0
     transport: str = ""
@@ -96,6 +98,8 @@ class Task:
         self.generated.append(token.token_id)
         if self.penalties is not None:
             self.penalties.add(token.token_id)
+        if self.constraint is not None:
+            self.constraint.add(token.token_id)
 
     def note(self, **timings: float) -> None:
         self.timings = replace(self.timings, **timings)

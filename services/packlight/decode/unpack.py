@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from packlight.compress.base import Codec
 from packlight.compress.codecs.native import NativeCodec
-from packlight.compress.payload import decode_layer, max_payload_bytes, payload_bytes, split_payload
-from packlight.compress.recipes import CODECS
+from packlight.compress.parts import CODECS
+from packlight.compress.payload import decode_layer, max_payload_bytes, payload_bytes, split_payload, tokens_per_page
 from packlight.kv.coded import CodedPool
 from packlight.kv.pool import PackedPool
-from packlight.kv.summaries import PageSummaries
+from packlight.kv.summaries import SummaryWriter
 
 
 class Unpacker:
@@ -40,11 +39,11 @@ class Unpacker:
         num_heads = pool.num_kv_heads
         return max_payload_bytes(self._codec, num_tokens_per_head, num_heads, pool.page_size, pool.head_dim, pool.dtype)
 
-    def store(self, pages_X: Tensor, lengths: Sequence[int], payload: Tensor, summaries: PageSummaries | None) -> None:
+    def store(self, pages_X: Tensor, lengths: Sequence[int], payload: Tensor, summaries: SummaryWriter | None) -> None:
         """Fill `pages_X`, `lengths[head]` tokens of each head, from `payload`, which is flat uint8 of `payload_bytes`.
         `summaries` of the pages are made if they are given."""
         pool, payload = self._pool, payload.to(self._pool.device)
-        num_tokens_X = tokens_by_page(lengths, pool.page_size).to(pool.device)
+        num_tokens_X = tokens_per_page(lengths, pool.page_size).to(pool.device)
         if self._coded is not None:
             self._store_records(self._coded, pages_X, lengths, payload, num_tokens_X)
             if summaries is None:
@@ -64,9 +63,3 @@ class Unpacker:
         pool.write_records(pages_X[split.pages], split.records)
         k_OPD, v_OPD = NativeCodec().decode(split.open_records, *dims)
         pool.write_pages(pages_X[split.open_pages], k_OPD, v_OPD, num_tokens_X[split.open_pages])
-
-
-def tokens_by_page(lengths: Sequence[int], page_size: int) -> Tensor:
-    """Tokens in each page of a layer, int64 [X]."""
-    tokens = [min(page_size, length - start) for length in lengths for start in range(0, length, page_size)]
-    return torch.tensor(tokens, dtype=torch.int64)

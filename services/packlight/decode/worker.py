@@ -1,10 +1,11 @@
 """The decode worker: packed KV in, tokens out, many requests in one batch.
 
-One loop owns all state: admit, join, run, commit, emit. Only this file and `fetch.py` await; what a request may need is
-decided in `admission.py`, what it holds is in `memory.py`, what a shipment must be in `intake.py`.
+One loop owns all state: admit, join, run, commit, emit. Only this file and `fetch.py` await; who is here is in
+`roster.py`, what a request may need is decided in `admission.py`, what it holds is in `memory.py`, what a shipment must
+be in `intake.py`.
 
-What a request holds has one way out, `_close`. While a step runs, the requests in it are only marked: the
-compute thread still reads their pages, and the next step begins by closing them.
+A request has one way out, `_close`. While a step runs, the requests in it are only marked: the compute thread still
+reads their pages, and the next step begins by closing them.
 """
 
 from __future__ import annotations
@@ -36,18 +37,20 @@ from packlight.core.types import (
     Progress,
     Token,
     Tokens,
-    WorkerLoad,
     is_terminal,
 )
+from packlight.core.workers import WorkerLoad
 from packlight.decode.fetch import Fetcher, PrefillClients
 from packlight.decode.memory import DecodeMemory
 from packlight.decode.meter import Meter
+from packlight.decode.roster import Roster
 from packlight.decode.spans import end_span
 from packlight.decode.step import run_step
 from packlight.decode.task import Sink, Stage, Task
 from packlight.engine.compute import Compute, Decoding
 from packlight.engine.graphs import GraphedRunner
 from packlight.engine.runner import DecodeRunner
+from packlight.models.grammar import Grammars, constraint_of
 from packlight.telemetry.logs import log_event
 from packlight.telemetry.metrics import DecodeMetrics
 from packlight.telemetry.traces import NO_TRACER, Kind, Span, Tracer, span_error, traced
@@ -68,11 +71,13 @@ class DecodeWorker:
         clients: PrefillClients,
         *,
         metrics: DecodeMetrics,
+        grammars: Grammars | None = None,
         tracer: Tracer = NO_TRACER,
         clock: Clock = time.monotonic,
     ) -> None:
         self._config, self._runner, self._compute = config, runner, compute
         self._meter, self._tracer, self._clock = Meter(metrics), tracer, clock
+        self._grammars = grammars
         self._on_graph_step = metrics.count_graph_step
         self._memory = DecodeMemory(runner.model.spec, runner.pool, num_rows=config.max_batch)
         site = Site(
@@ -83,9 +88,7 @@ class DecodeWorker:
             on_link=metrics.count_link,
         )
         self._fetcher = Fetcher(config, self._memory, self.compatibility, clients, site)
-        self._queue: list[Task] = []
-        self._admitted: list[Task] = []
-        self._stepping: list[Task] = []
+        self._roster = Roster(self._memory)
         self._wake = asyncio.Event()
         self.draining = False
 
@@ -119,7 +122,7 @@ class DecodeWorker:
             span.end(span_error(error))
             raise
         task.alarm = asyncio.get_running_loop().call_later(request.deadline_s, self._overdue, task)
-        self._queue.append(task)
+        self._roster.queue.append(task)
         self._admit()
         return task
 
@@ -141,8 +144,8 @@ class DecodeWorker:
         """Step for ever. A step that raises fails its requests, not the worker; books that do not balance end it."""
         try:
             while True:
-                if not any(task.stage in (Stage.READY, Stage.RUNNING) for task in self._admitted):
-                    if not self._admitted:
+                if self._roster.decoding is not Decoding.NOW:
+                    if not self._roster.admitted:
                         self._memory.check_idle()
                     self._wake.clear()
                     await self._wake.wait()
@@ -153,8 +156,8 @@ class DecodeWorker:
 
     def load(self) -> WorkerLoad:
         return WorkerLoad(
-            num_running=len(self._admitted),
-            num_queued=len(self._queue),
+            num_running=len(self._roster.admitted),
+            num_queued=len(self._roster.queue),
             num_free_pages=self._memory.reservations.num_free,
             num_total_pages=self._memory.reservations.num_total,
             step_s=self._meter.step_s,
@@ -167,20 +170,22 @@ class DecodeWorker:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._queue) + len(self._admitted)
+        return self._roster.num_unfinished
 
     def check(self) -> None:
         """Verify the page books and reservations against every request that holds pages."""
-        self._memory.check([task.holding for task in self._admitted])
+        self._memory.check([task.holding for task in self._roster.admitted])
 
     # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _step(self) -> None:
-        batch = self._join()
+        for task in [task for task in self._roster.admitted if task.cancelled]:
+            self._close(task)
+        batch = self._roster.join()
         if not batch:
             return
         self._memory.grow(task.holding for task in batch)
-        self._stepping = batch
+        self._roster.stepping = batch
         try:
             ran = await self._compute.decode(partial(run_step, self._runner, self._memory, batch))
         except Exception as error:
@@ -191,18 +196,9 @@ class DecodeWorker:
                 self._fail(task, reported)
             return
         finally:
-            self._stepping = []
+            self._roster.stepping = ()
         self._meter.step(len(batch), ran.waited_s, ran.took_s)
         self._commit(batch, ran.result)
-
-    def _join(self) -> list[Task]:
-        """Close what was cancelled during the last step; everything whose pages are here runs."""
-        for task in list(self._admitted):
-            if task.cancelled:
-                self._close(task)
-            elif task.stage is Stage.READY:
-                task.stage = Stage.RUNNING
-        return [task for task in self._admitted if task.stage is Stage.RUNNING]
 
     def _commit(self, batch: Sequence[Task], tokens: Sequence[Token | InternalError]) -> None:
         self._memory.advance(task.holding for task in batch)
@@ -272,21 +268,23 @@ class DecodeWorker:
     def _accept(self, request: GenerateRequest, sink: Sink, span: Span) -> Task:
         if self.draining:
             raise Draining("this decode worker is shutting down", retry_after_s=1.0)
-        if len(self._queue) >= self._config.max_queue:
+        if len(self._roster.queue) >= self._config.max_queue:
             raise QueueFull(f"decode queue is full ({self._config.max_queue} requests wait)", retry_after_s=1.0)
         self._runner.model.spec.check_prompt(request.token_ids, request.num_prompt_tokens)
-        return Task(request, sink, self._memory.plan(request), arrived_s=self._clock(), span=span)
+        resumed = request.token_ids[request.num_prompt_tokens :]
+        constraint = constraint_of(self._grammars, request.sampling.grammar, resumed)
+        holding = self._memory.plan(request)
+        return Task(request, sink, holding, arrived_s=self._clock(), constraint=constraint, span=span)
 
     def _admit(self) -> None:
         """Start fetching for waiting requests, oldest first, as long as rows and reservations last."""
-        while self._queue and self._memory.open(self._queue[0].holding):
-            task = self._queue.pop(0)
+        roster = self._roster
+        while (task := roster.admit_next()) is not None:
             task.admit(self._clock())
             self._meter.admitted(task)
-            self._admitted.append(task)
             task.fetch = asyncio.create_task(self._fetch(task))
-        oldest_wait_s = self._clock() - self._queue[0].arrived_s if self._queue else 0.0
-        self._meter.state(len(self._queue), oldest_wait_s, len(self._admitted), self._memory.book)
+        oldest_wait_s = self._clock() - roster.queue[0].arrived_s if roster.queue else 0.0
+        self._meter.state(len(roster.queue), oldest_wait_s, len(roster.admitted), self._memory.book)
 
     def _finish(self, task: Task, reason: FinishReason) -> None:
         self._meter.ended("completed")
@@ -305,21 +303,16 @@ class DecodeWorker:
         self._fail(task, DeadlineExceeded(f"the request took longer than {task.request.deadline_s:.0f} s"))
 
     def _end(self, task: Task) -> None:
-        if task in self._stepping:
+        if task in self._roster.stepping:
             task.cancelled = True
         else:
             self._close(task)
 
     def _close(self, task: Task) -> None:
-        """The one way out of what a request holds."""
+        """The one way out. Idempotent."""
         if task.stage is Stage.CLOSED:
             return
-        if task.stage is Stage.QUEUED:
-            self._queue.remove(task)
-        else:
-            self._admitted.remove(task)
-            self._memory.close(task.holding)
-        task.stage = Stage.CLOSED
+        self._roster.remove(task)
         if task.alarm is not None:
             task.alarm.cancel()
         if task.fetch is not None and task.fetch is not asyncio.current_task():
@@ -331,8 +324,4 @@ class DecodeWorker:
 
     def _tell_compute(self) -> None:
         """Whoever prefills on the same thread makes room for answers that run, or that are about to."""
-        if any(task.stage in (Stage.READY, Stage.RUNNING) for task in self._admitted):
-            self._compute.set_decoding(Decoding.NOW)
-        else:
-            is_soon = any(task.is_arriving for task in self._admitted)
-            self._compute.set_decoding(Decoding.SOON if is_soon else Decoding.NO)
+        self._compute.set_decoding(self._roster.decoding)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from packlight.attention.base import LayerQueries
 from packlight.compress.accumulate import AccumulatedMass
 from packlight.compress.base import LayerView
 from packlight.core.errors import RequestNeverFits
@@ -143,9 +144,9 @@ class _Recorder:
     def __post_init__(self) -> None:
         self.anchors = [self._anchor(each) for each in self.wanted]
 
-    def __call__(self, layer: int, q_THD: Tensor, scale: float) -> None:
-        started = self.clock()
-        self.scale = scale
+    def __call__(self, layer: int, queries: LayerQueries) -> None:
+        started, q_THD = self.clock(), queries.q_THD
+        self.scale = queries.scale
         for anchor in self.anchors:
             first, last = max(self.start, anchor.num_tokens - self.window), min(self.end, anchor.num_tokens)
             if first < last:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from packlight.compress.budget import max_pages
 from packlight.compress.layout import pages_of
 from packlight.compress.pack import PackedLayer, pack
+from packlight.compress.parts import CODECS
 from packlight.compress.payload import decode_layer, encode_layer
-from packlight.compress.recipes import CODECS, codec_of, find_recipe
+from packlight.compress.recipes import codec_of, find_recipe
 from packlight.compress.select import Selector
 from packlight.core.types import ModelSpec, PackSpec
 from packlight.engine.packed_rows import PackedRows
@@ -103,7 +104,7 @@ class _Packing:
             view = self.prompt.view(self.anchor, layer, kv[0], self.spec.window)
             for ready, selection in selector.add(view, sliding_window(self.prompt.spec, layer)):
                 packed = pack(*(kv if ready == layer else self.prompt.read(ready, num_tokens)), selection, page_size)
-                self.mass += selection.retained_mass
+                self.mass += float(selection.retained_mass)
                 self.select_s += self.clock() - started
                 yield ready, packed
                 started = self.clock()

@@ -9,7 +9,7 @@ class Progress:
     """Writes to `stream`, never to standard output: that is the report's. `close` before anything else is printed."""
 
     def __init__(self, stream: TextIO, total: int) -> None:
-        self._stream, self._total, self._num_done, self._what = stream, total, 0, ""
+        self._stream, self._total, self._num_done = stream, total, 0
         self._bar: Any = None
         if stream.isatty():
             # It comes with transformers, which whoever computes has.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from packlight.core.config import Config
-from packlight.core.types import Role
+from packlight.core.workers import Role
 from packlight.engine.build import build_model, build_runner
 from packlight.evaluate.exact import Clock
 from packlight.evaluate.harness import Harness, Limits, OnStep

@@ -12,7 +12,8 @@ from types import MappingProxyType
 import yaml
 
 from packlight.compress.options import resolve
-from packlight.compress.recipes import CODECS, RECIPES, find_recipe
+from packlight.compress.parts import CODECS
+from packlight.compress.recipes import RECIPES, find_recipe
 from packlight.core.errors import ConfigError, InvalidRequest
 from packlight.core.types import PackSpec
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from packlight.core.hashing import PageHash
-from packlight.core.types import WorkerId
+from packlight.core.workers import WorkerId
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from packlight.core.config import IndexConfig
 from packlight.core.hashing import PageHash
-from packlight.core.types import WorkerId
+from packlight.core.workers import WorkerId
 from packlight.prefix.base import Holder
 from packlight.prefix.radix import RadixTree
 

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from packlight.core.hashing import PageHash
-from packlight.core.types import WorkerId
+from packlight.core.workers import WorkerId
 from packlight.prefix.base import Holder
 
 Slot = int
@@ -66,10 +66,6 @@ class RadixTree:
         self._workers: dict[Slot, WorkerId] = {}  # living slots only
         self._num_slots = 0
         self._tick = 0
-
-    @property
-    def num_nodes(self) -> int:
-        return len(self._nodes)
 
     def enroll(self, holder: Holder) -> Slot | None:
         """The holder's slot, a new one if it had none. None if a newer generation of the worker is known."""

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from packlight.core.config import IndexConfig
 from packlight.core.hashing import PageHash
-from packlight.core.types import WorkerId
+from packlight.core.workers import WorkerId
 from packlight.prefix.base import Holder
 from packlight.redis_link.link import RedisAway, RedisLink, redis_url
 from packlight.redis_link.script import Script, load_script

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
 
-from packlight.core.types import GenerateEvent, GenerateRequest, WorkerId, WorkerInfo
-from packlight.wire.channel import open_channel
+from packlight.core.credentials import Credentials
+from packlight.core.types import GenerateEvent, GenerateRequest
+from packlight.core.workers import WorkerId, WorkerInfo
+from packlight.wire.channel import Dialer
 from packlight.wire.decode import GrpcDecodeClient
 
 
@@ -32,29 +36,58 @@ class LocalDecodeClients:
         return self._clients[worker.worker_id]
 
 
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    client: GrpcDecodeClient
+    channel: grpc.aio.Channel
+    certificate: Credentials | None
+
+    async def close(self) -> None:
+        await self.client.close()
+        await self.channel.close()
+
+
 class GrpcDecodeClients:
     """Workers of other processes. Each life of a worker has a connection of its own, so that one which starts again is
-    not held back by the failures of the one before."""
+    not held back by the failures of the one before. A renewed certificate means a new connection, for it may be asked
+    for when the old one has to connect again; the old one goes when its last answer has ended."""
 
-    def __init__(self) -> None:
-        self._clients: dict[tuple[WorkerId, int], tuple[GrpcDecodeClient, grpc.aio.Channel]] = {}
+    def __init__(self, dialer: Dialer | None = None) -> None:
+        self._dialer = dialer or Dialer()
+        self._connections: dict[tuple[WorkerId, int], _Connection] = {}
+        self._retired: list[_Connection] = []
+        self._closing: set[asyncio.Task[None]] = set()
 
     def get(self, worker: WorkerInfo) -> DecodeClient:
-        life = (worker.worker_id, worker.generation)
-        if life not in self._clients:
-            channel = open_channel(worker.address)
-            self._clients[life] = (GrpcDecodeClient(channel, worker.worker_id), channel)
-        return self._clients[life][0]
+        life, certificate = (worker.worker_id, worker.generation), self._dialer.certificate
+        connection = self._connections.get(life)
+        if connection is not None and connection.certificate is not certificate:
+            self._retired.append(connection)
+            connection = None
+        if connection is None:
+            channel = self._dialer.open(worker.address)
+            connection = _Connection(GrpcDecodeClient(channel, worker.worker_id), channel, certificate)
+            self._connections[life] = connection
+        self._close_retired()
+        return connection.client
 
     async def forget(self, worker: WorkerInfo) -> None:
         """The worker is off the board. If it was only silent, its answers in progress go on."""
-        client, channel = self._clients.pop((worker.worker_id, worker.generation), (None, None))
-        if client is not None and channel is not None and client.is_idle:
-            await client.close()
-            await channel.close()
+        connection = self._connections.pop((worker.worker_id, worker.generation), None)
+        if connection is not None and connection.client.is_idle:
+            await connection.close()
 
     async def close(self) -> None:
-        for client, channel in self._clients.values():
-            await client.close()
-            await channel.close()
-        self._clients.clear()
+        await asyncio.gather(*self._closing)
+        for connection in (*self._connections.values(), *self._retired):
+            await connection.close()
+        self._connections.clear()
+        self._retired.clear()
+
+    def _close_retired(self) -> None:
+        idle = [connection for connection in self._retired if connection.client.is_idle]
+        self._retired = [connection for connection in self._retired if connection not in idle]
+        for connection in idle:
+            task = asyncio.create_task(connection.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)

@@ -181,7 +181,7 @@ class _Exchange:
         return Envelope(self._answer_id, int(self._services.wall_clock()), spec.name, system_fingerprint(spec))
 
     def _headers(self, job: Job) -> dict[str, str]:
-        return warning_header(job.ignored)
+        return warning_header(job.ignored, job.loosened)
 
     def _elapsed_s(self) -> float:
         return self._services.clock() - self._started_at

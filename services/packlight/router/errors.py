@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
@@ -27,12 +28,12 @@ _log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 1000
 _DEFAULT_RETRY_AFTER_S = 1.0
 # Trying again helps: the server is full, starting, stopping, or lost a worker. After a deadline or a bug it does not.
-_TRY_AGAIN = {408, 429, 502, 503}
+_TRY_AGAIN = frozenset({408, 429, 502, 503})
 _SHOWN = (RequestError, CapacityError, DeadlineExceeded, Cancelled)
 _WORKER_FAILED = "A worker failed while it served this request. Please try again."
 _OUR_BUG = "The server had an error while it processed this request."
 
-_HTTP_PROBLEMS = {
+_HTTP_PROBLEMS: Mapping[int, tuple[str, str]] = {
     404: ("not_found", "Unknown path. This server answers /v1/chat/completions, /v1/completions and /v1/models."),
     405: ("method_not_allowed", "This path does not answer this method; the Allow header lists those it does."),
     408: ("request_timeout", "The request body did not arrive in time."),
@@ -52,7 +53,7 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
-_OUTCOMES: dict[type[PacklightError], Outcome] = {
+_OUTCOMES: Mapping[type[PacklightError], Outcome] = {
     RequestError: Outcome.INVALID,
     CapacityError: Outcome.REFUSED,
     Cancelled: Outcome.CANCELLED,

@@ -1,20 +1,15 @@
 """The life of one answer, from the router's side: match, place, generate, and try again elsewhere if it is worth it.
 
-Knows the index, the view of the fleet and the decode clients. Does not know HTTP or text. All retries are here:
-
-- before the first token a failed attempt is simply made again, with the workers at fault left out;
-- after it, the answer is resumed: prompt + tokens so far go to another worker, selection anchored at the prompt's end.
-  Noise depends on (seed, position) only, so at recipe `none` the tokens are those of an unbroken run.
+Knows the index, the view of the fleet and the decode clients. Does not know HTTP or text. All retrying is done here, by
+the rules of `attempts.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from random import Random
 
 from packlight.compress.budget import max_pages
@@ -24,87 +19,27 @@ from packlight.core.errors import NoWorker, PacklightError, WorkerLost
 from packlight.core.hashing import page_hashes
 from packlight.core.types import (
     Failed,
-    Finished,
     GenerateEvent,
     GenerateRequest,
     ModelSpec,
-    PackSpec,
-    Progress,
-    Role,
-    Tokens,
-    Usage,
-    WorkerId,
-    WorkerInfo,
     is_terminal,
 )
+from packlight.core.workers import Role, WorkerId, WorkerInfo
 from packlight.fleet.view import FleetView
 from packlight.prefix.base import PrefixIndex
+from packlight.router.attempts import Attempts
 from packlight.router.clients import DecodeClients
 from packlight.router.placement import Demand, Outlook, Pair, place
 from packlight.router.readiness import serves, why_not_ready
+from packlight.router.sent import Sent
 from packlight.router.service import BackendEvent, Decided, Readiness
 from packlight.router.spans import end_attempt, tell_attempt, tell_route
+from packlight.router.strangers import Strangers
 from packlight.telemetry.logs import log_event
 from packlight.telemetry.metrics import RouterMetrics
 from packlight.telemetry.traces import NO_TRACER, Kind, Tracer, ending, span_error, traced
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Sent:
-    """What this router has sent and not seen answered, by worker. Heartbeats are a second old; this is not."""
-
-    tokens: Counter[WorkerId] = field(default_factory=Counter)
-    requests: Counter[WorkerId] = field(default_factory=Counter)
-
-    @contextmanager
-    def prefilling(self, worker_id: WorkerId, num_tokens: int) -> Iterator[Callable[[], None]]:
-        """Counts `num_tokens` until the block ends or the yielded function is called."""
-        open_tokens = [num_tokens]
-
-        def done() -> None:
-            self.tokens[worker_id] -= open_tokens.pop() if open_tokens else 0
-
-        self.tokens[worker_id] += num_tokens
-        try:
-            yield done
-        finally:
-            done()
-
-    @contextmanager
-    def decoding(self, worker_id: WorkerId) -> Iterator[None]:
-        self.requests[worker_id] += 1
-        try:
-            yield
-        finally:
-            self.requests[worker_id] -= 1
-
-
-@dataclass(slots=True)
-class SoFar:
-    """What the client has of an answer, over all attempts."""
-
-    token_ids: list[int] = field(default_factory=list)
-    usage: Usage | None = None
-
-    def add(self, event: GenerateEvent) -> GenerateEvent:
-        """Take note of `event`. Returns it as the client shall see it: cached is what the first try found cached."""
-        if isinstance(event, Tokens):
-            self.token_ids += [token.token_id for token in event.tokens]
-        elif isinstance(event, Progress | Finished):
-            num_cached = self.usage.num_cached_tokens if self.usage else event.usage.num_cached_tokens
-            self.usage = replace(event.usage, num_cached_tokens=num_cached)
-            return replace(event, usage=self.usage)
-        return event
-
-    def finished(self, request: GenerateRequest) -> Finished | None:
-        """The end that was lost with a worker which had already sent the last token."""
-        reason = request.stop.ends(self.token_ids[-1], len(self.token_ids)) if self.token_ids else None
-        if reason is None or self.usage is None:
-            return None
-        usage = replace(self.usage, num_generated_tokens=len(self.token_ids))
-        return Finished(request.request_id, reason, usage)
 
 
 class Pipeline:
@@ -122,16 +57,19 @@ class Pipeline:
         random: Random | None = None,
         tracer: Tracer = NO_TRACER,
         clock: Callable[[], float] = time.monotonic,
+        speaks_tls: bool = False,
     ) -> None:
+        """`speaks_tls` is how `clients` call workers: those that are called otherwise are passed over."""
         self._config, self._spec, self._index, self._view = config, spec, index, view
         self._clients, self._metrics, self._random, self._clock = clients, metrics, random or Random(), clock
         self._tracer, self._sent = tracer, Sent()
+        self._speaks_tls, self._strangers = speaks_tls, Strangers(speaks_tls=speaks_tls)
 
     def readiness(self) -> Readiness:
         """Ready when a compatible pair of workers is alive, or a decode worker that prefills itself."""
-        listed = self._view.workers(Role.PREFILL) + self._view.workers(Role.DECODE)
-        why_not = why_not_ready(listed, self._spec)
-        workers = [worker for worker in listed if serves(worker, self._spec) and not worker.draining]
+        listed = self.workers()
+        why_not = why_not_ready(listed, self._spec, speaks_tls=self._speaks_tls)
+        workers = [worker for worker in listed if self._serves(worker) and not worker.draining]
         counts = {role.value: sum(worker.role is role for worker in workers) for role in Role}
         for role, num in counts.items():
             self._metrics.set_workers(role, num)
@@ -141,65 +79,71 @@ class Pipeline:
             "prefix_index": "available" if self._index.available else "away: placing by load alone",
             "fleet_registry": "available" if self._view.available else "away: using the last known workers",
         }
-        return Readiness(why_not is None, details | ({"why_not": why_not} if why_not else {}))
+        strangers = self._strangers.tell(listed)
+        return Readiness(
+            why_not is None,
+            details | ({"strangers": strangers} if strangers else {}) | ({"why_not": why_not} if why_not else {}),
+        )
 
     def workers(self) -> tuple[WorkerInfo, ...]:
-        """As the registry lists them, those of another model included."""
+        """As the registry lists them, those of another model included. Asked role by role: suspects are passed over
+        only if somebody of their own role is left."""
         return self._view.workers(Role.PREFILL) + self._view.workers(Role.DECODE)
 
     async def generate(self, request: GenerateRequest, plan: Plan | None = None) -> AsyncGenerator[BackendEvent, None]:
-        """The events of one answer, whatever number of workers it takes. When no worker is left to try, the error of
-        the last one tried says more than that."""
-        started, avoid, so_far = self._clock(), frozenset[WorkerId](), SoFar()
-        plan = plan or Plan(Decision(request.pack))
-        error: PacklightError | None = None
-        for attempt in range(self._config.max_attempts):
-            now = _resumed(request, so_far)
-            try:
-                pair = await self._place(now, plan, avoid)
-            except NoWorker:
-                if error is None:
-                    raise
+        """The events of one answer, whatever number of workers it takes. Raises NoWorker if there is none for the first
+        attempt."""
+        attempts, started = Attempts(request, plan or Plan(Decision(request.pack))), self._clock()
+        while attempts.num_made < self._config.max_attempts:
+            pair = await self._next_pair(attempts)
+            if pair is None:
                 break
-            decision = plan.decide(pair.num_cached_tokens)
-            if error is None:
+            decision = attempts.decide(pair)
+            if attempts.error is None:
                 yield Decided(request.request_id, decision)
             else:
-                self._metrics.count_retry(type(error).__name__)
-            # Whoever takes over selects as the first one did, whatever it has cached.
-            plan = Plan(decision)
-            request = _packed(request, decision.pack)
-            now = _addressed(now, pair, decision.pack, attempt, self._clock() - started)
+                self._metrics.count_retry(type(attempts.error).__name__)
+            now = attempts.begin(pair, self._clock() - started)
             async with aclosing(self._attempt(now, pair)) as events:
                 async for event in events:
                     if isinstance(event, Failed):
-                        error = event.error
+                        self._note_failure(attempts, now, event.error, pair)
                         break
-                    yield replace(so_far.add(event), request_id=request.request_id)
+                    yield attempts.see(event)
                 else:
                     return
-            log_event(
-                log,
-                logging.WARNING,
-                "attempt failed",
-                trace=now.trace,
-                answer=now.request_id,
-                worker=error.worker_id,
-                error=type(error).__name__,
-                reason=error.message,
-            )
-            avoid |= {self._blame(error, pair)}
-            if not error.retryable or so_far.finished(request):
+            if not attempts.is_worth_another:
                 break
-        assert error is not None
-        yield so_far.finished(request) or Failed(request.request_id, error)
+        yield attempts.end()
+
+    async def _next_pair(self, attempts: Attempts) -> Pair | None:
+        """None if nobody is left to try: the error of the last one tried says more than that."""
+        try:
+            return await self._place(attempts.resumed(), attempts.plan, attempts.avoid)
+        except NoWorker:
+            if attempts.error is None:
+                raise
+            return None
+
+    def _note_failure(self, attempts: Attempts, sent: GenerateRequest, error: PacklightError, pair: Pair) -> None:
+        log_event(
+            log,
+            logging.WARNING,
+            "attempt failed",
+            trace=sent.trace,
+            answer=sent.request_id,
+            worker=error.worker_id,
+            error=type(error).__name__,
+            reason=error.message,
+        )
+        attempts.fail(error, self._blame(error, pair))
 
     # ── one attempt ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _place(self, request: GenerateRequest, plan: Plan, avoid: frozenset[WorkerId]) -> Pair:
         started = self._clock()
         with ending(self._tracer.start("route", request.trace)) as span:
-            workers = self._workers()
+            workers = self._usable()
             matched = await self._match(request, workers) if plan.looks_at_cache(request.num_prompt_tokens) else {}
             span.moment("matched")
             outlook = Outlook(matched, self._sent.tokens, self._sent.requests)
@@ -219,10 +163,15 @@ class Pipeline:
         except NoWorker:
             return place(workers, demand, outlook, avoid=avoid, random=self._random)
 
-    def _workers(self) -> tuple[WorkerInfo, ...]:
-        """Asked role by role: suspects are passed over only if somebody of their own role is left."""
-        listed = self._view.workers(Role.PREFILL) + self._view.workers(Role.DECODE)
-        return tuple(worker for worker in listed if serves(worker, self._spec))
+    def _usable(self) -> tuple[WorkerInfo, ...]:
+        listed = self.workers()
+        usable = tuple(worker for worker in listed if self._serves(worker))
+        if len(usable) < len(listed):
+            self._strangers.tell(listed)
+        return usable
+
+    def _serves(self, worker: WorkerInfo) -> bool:
+        return serves(worker, self._spec, speaks_tls=self._speaks_tls)
 
     async def _match(self, request: GenerateRequest, workers: tuple[WorkerInfo, ...]) -> dict[WorkerId, int]:
         """Pages of the prompt that each worker holds. One look-up per kind of model in the fleet: one."""
@@ -279,23 +228,3 @@ class Pipeline:
         if isinstance(error, WorkerLost):
             self._view.suspect(culprit.worker_id, culprit.generation)
         return culprit.worker_id
-
-
-def _resumed(request: GenerateRequest, so_far: SoFar) -> GenerateRequest:
-    return replace(request, token_ids=(*request.token_ids, *so_far.token_ids)) if so_far.token_ids else request
-
-
-def _packed(request: GenerateRequest, pack: PackSpec) -> GenerateRequest:
-    return request if request.pack is pack else replace(request, pack=pack)
-
-
-def _addressed(request: GenerateRequest, pair: Pair, pack: PackSpec, attempt: int, spent_s: float) -> GenerateRequest:
-    """What this attempt sends, after `spent_s` seconds."""
-    return replace(
-        request,
-        request_id=f"{request.request_id}.{attempt}",
-        pack=pack,
-        prefill_id=pair.prefill.worker_id,
-        prefill_address=pair.prefill.address,
-        deadline_s=max(0.001, request.deadline_s - spent_s),
-    )

@@ -23,7 +23,7 @@ from random import Random
 from typing import TypeVar
 
 from packlight.core.errors import NoWorker
-from packlight.core.types import LocalPrefill, Role, WorkerId, WorkerInfo
+from packlight.core.workers import LocalPrefill, Role, WorkerId, WorkerInfo
 
 ASSUMED_TOKENS_PER_S = 1000.0  # of a worker that has not measured itself, unless others of the fleet are known faster
 ASSUMED_BYTES_PER_S = 1e9

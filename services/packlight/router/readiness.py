@@ -7,17 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from packlight.core.types import ModelSpec, Role, WorkerInfo
+from packlight.core.types import ModelSpec
+from packlight.core.workers import Role, WorkerInfo
 
 
-def serves(worker: WorkerInfo, spec: ModelSpec) -> bool:
-    """Whether the worker computes with the model whose tokens the router sends. Names may differ, weights may not."""
-    return worker.fingerprint == spec.fingerprint
+def serves(worker: WorkerInfo, spec: ModelSpec, *, speaks_tls: bool = False) -> bool:
+    """Whether the worker computes with the model whose tokens the router sends, and is called as the router calls.
+    Names may differ, weights may not."""
+    return worker.fingerprint == spec.fingerprint and worker.speaks_tls == speaks_tls
 
 
-def why_not_ready(workers: Sequence[WorkerInfo], spec: ModelSpec) -> str | None:
+def why_unreachable(worker: WorkerInfo, *, speaks_tls: bool) -> str | None:
+    """Why a router that speaks TLS, or plaintext, cannot call the worker, and what to do; None if it can."""
+    if worker.speaks_tls == speaks_tls:
+        return None
+    theirs, ours = ("plaintext", "TLS") if speaks_tls else ("TLS", "plaintext")
+    who = f"worker {worker.worker_id}" if speaks_tls else "the router"
+    return (
+        f"worker {worker.worker_id} at {worker.address} speaks {theirs}, this router {ours}: "
+        f"give {who} tls.ca, tls.cert and tls.key too"
+    )
+
+
+def why_not_ready(workers: Sequence[WorkerInfo], spec: ModelSpec, *, speaks_tls: bool = False) -> str | None:
     """What keeps `workers` from answering with the model `spec`, and what to do; None if nothing does."""
-    fitting = [worker for worker in workers if serves(worker, spec)]
+    reachable = [worker for worker in workers if worker.speaks_tls == speaks_tls]
+    why_not = _why_not_ready(reachable, spec)
+    reasons = [why for worker in workers if (why := why_unreachable(worker, speaks_tls=speaks_tls))]
+    if why_not is None or not reasons:
+        return why_not
+    others = f" ({len(reasons) - 1} more like it)" if len(reasons) > 1 else ""
+    return f"{why_not}; {reasons[0]}{others}" if reachable else f"{reasons[0]}{others}"
+
+
+def _why_not_ready(workers: Sequence[WorkerInfo], spec: ModelSpec) -> str | None:
+    fitting = [worker for worker in workers if worker.fingerprint == spec.fingerprint]
     able = [worker for worker in fitting if not worker.draining]
     if _can_serve(able):
         return None

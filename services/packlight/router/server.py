@@ -15,12 +15,15 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from packlight.core.config import Config, RouterConfig
+from packlight.core.config import Config, FleetConfig, RouterConfig
+from packlight.core.credentials import open_credentials
 from packlight.core.errors import StartupError
-from packlight.core.types import WorkerInfo
+from packlight.core.workers import WorkerInfo
+from packlight.fleet.base import Fleet
 from packlight.fleet.registry import build_fleet
 from packlight.fleet.view import FleetView
 from packlight.models.opened import open_model
+from packlight.prefix.base import PrefixIndex
 from packlight.prefix.registry import build_index
 from packlight.router.app import build_app
 from packlight.router.clients import GrpcDecodeClients
@@ -29,6 +32,7 @@ from packlight.router.pipeline import Pipeline
 from packlight.router.service import ServedModel
 from packlight.telemetry.metrics import RouterMetrics
 from packlight.telemetry.traces import open_traces
+from packlight.wire.channel import Dialer
 
 log = logging.getLogger(__name__)
 
@@ -104,27 +108,17 @@ async def serve(
     config: Config, environ: Mapping[str, str], stop: asyncio.Event, on_progress: Callable[[str], None]
 ) -> None:
     """Runs until `stop`. Raises StartupError if it cannot start."""
-    traces = open_traces(config.telemetry)
+    tls, traces = open_credentials(config.tls), open_traces(config.telemetry)
     index = build_index(config.index, environ, time.monotonic)
     fleet = build_fleet(config.fleet, environ, time.monotonic)
     opened = open_model(config.model, on_progress=on_progress)
-    clients = GrpcDecodeClients()
-
-    async def forget(worker: WorkerInfo) -> None:
-        holder = worker.local_prefill or worker
-        await index.drop_worker(worker.fingerprint, holder.worker_id, worker.generation)
-        await clients.forget(worker)
-
-    view = FleetView(
-        fleet,
-        poll_s=config.fleet.heartbeat_s,
-        suspect_s=config.fleet.ttl_s,
-        clock=time.monotonic,
-        on_vanished=forget,
-    )
+    clients = GrpcDecodeClients(Dialer(tls))
+    view = _view(config.fleet, fleet, index, clients)
     metrics = RouterMetrics(CollectorRegistry())
     tracer = traces.tracer("router", environ.get("POD_NAME") or f"router-{socket.gethostname()}-{os.getpid()}")
-    pipeline = Pipeline(config.router, opened.spec, index, view, clients, metrics, tracer=tracer)
+    pipeline = Pipeline(
+        config.router, opened.spec, index, view, clients, metrics, tracer=tracer, speaks_tls=tls is not None
+    )
     app = build_app(config, ServedModel(opened.spec, opened.tokenizer), pipeline, metrics, tracer=tracer)
     with listen(config.router) as bound:
         await view.start()
@@ -138,3 +132,15 @@ async def serve(
             await index.close()
             await fleet.close()
             await asyncio.to_thread(traces.close)
+
+
+def _view(config: FleetConfig, fleet: Fleet, index: PrefixIndex, clients: GrpcDecodeClients) -> FleetView:
+    """Whoever vanishes from the board is forgotten by the index and disconnected."""
+
+    async def forget(worker: WorkerInfo) -> None:
+        holder = worker.local_prefill or worker
+        await index.drop_worker(worker.fingerprint, holder.worker_id, worker.generation)
+        await clients.forget(worker)
+
+    poll_s, suspect_s = config.heartbeat_s, config.ttl_s
+    return FleetView(fleet, poll_s=poll_s, suspect_s=suspect_s, clock=time.monotonic, on_vanished=forget)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from packlight.compress.policy import Decision, Plan
-from packlight.core.types import GenerateEvent, GenerateRequest, ModelSpec, RequestId, WorkerInfo
+from packlight.core.types import GenerateEvent, GenerateRequest, ModelSpec, RequestId
+from packlight.core.workers import WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)

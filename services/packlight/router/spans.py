@@ -11,7 +11,7 @@ Names are those of OpenTelemetry's semantic conventions for HTTP servers and gen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.types import Scope
@@ -25,8 +25,8 @@ from packlight.router.usage import usage_report
 from packlight.telemetry.traces import Attributes, Kind, Span, SpanError, Tracer, span_error
 from packlight.wire.trace import TRACEPARENT, TRACESTATE, trace_of
 
-OPERATIONS = {"chat": "chat", "completions": "text_completion"}
-_HEADERS = {name.encode(): name for name in (TRACEPARENT, TRACESTATE)}
+OPERATIONS: Mapping[str, str] = {"chat": "chat", "completions": "text_completion"}
+_HEADERS: Mapping[bytes, str] = {name.encode(): name for name in (TRACEPARENT, TRACESTATE)}
 
 
 @dataclass(frozen=True, slots=True)

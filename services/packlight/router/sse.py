@@ -17,7 +17,7 @@ from starlette.types import Send
 from packlight.core.errors import Cancelled
 from packlight.router.errors import Problem
 
-_STREAM_HEADERS = {
+_STREAM_HEADERS: Mapping[str, str] = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
     # Tells nginx not to buffer.

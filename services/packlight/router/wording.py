@@ -7,6 +7,7 @@ by the client are not repeated, except numbers, and names only where they are sh
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic_core import ErrorDetails
@@ -14,13 +15,13 @@ from pydantic_core import ErrorDetails
 from packlight.core.errors import InvalidRequest
 
 PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_LIMITS = {
+_LIMITS: Mapping[str, tuple[str, str, str]] = {
     "less_than_equal": ("le", "above maximum", "<="),
     "less_than": ("lt", "above maximum", "<"),
     "greater_than_equal": ("ge", "below minimum", ">="),
     "greater_than": ("gt", "below minimum", ">"),
 }
-_EXPECTED = {
+_EXPECTED: Mapping[str, str] = {
     "int_type": "an integer",
     "int_from_float": "an integer",
     "float_type": "a decimal",

@@ -8,74 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 
-from packlight.core.errors import error_classes
 from packlight.core.types import KVUsage, Timings
-from packlight.telemetry.catalogue import CATALOGUE, full_name
-
-C = TypeVar("C", Counter, Gauge)
-
-
-class _Instruments:
-    """The metrics of one role, registered once each."""
-
-    def __init__(self, role: str, registry: CollectorRegistry) -> None:
-        self._role, self._registry = role, registry
-        self._metrics = {metric.name: metric for metric in CATALOGUE[role]}
-
-    def counter(self, name: str) -> Counter:
-        return self._make(name, Counter)
-
-    def errors(self, name: str, *, retryable_only: bool = False) -> Counter:
-        """A counter by class of error, of which every class is there from the start: `increase()` does not see the
-        first event of a series that begins with it, and some errors must not happen even once unnoticed."""
-        counter = self.counter(name)
-        for type, cls in error_classes().items():
-            if cls.retryable or not retryable_only:
-                counter.labels(type)
-        return counter
-
-    def gauge(self, name: str) -> Gauge:
-        return self._make(name, Gauge)
-
-    def histogram(self, name: str) -> Histogram:
-        metric = self._metrics[name]
-        return Histogram(
-            full_name(self._role, metric), metric.help, metric.labels, buckets=metric.buckets, registry=self._registry
-        )
-
-    def _make(self, name: str, kind: type[C]) -> C:
-        metric = self._metrics[name]
-        return kind(full_name(self._role, metric), metric.help, metric.labels, registry=self._registry)
-
-
-class _Shipments:
-    """What packing did, by recipe: the same five metrics in every role."""
-
-    def __init__(self, made: _Instruments) -> None:
-        self._kept = made.histogram("kept_tokens")
-        self._shipped = made.counter("shipped_bytes")
-        self._exact = made.counter("exact_bytes")
-        self._ratio = made.histogram("compression_ratio")
-        self._mass = made.histogram("attention_mass_retained")
-
-    def observe(self, recipe: str, kept: float, shipped_bytes: int, exact_bytes: int, mass: float | None) -> None:
-        self._kept.labels(recipe).observe(kept)
-        self._shipped.labels(recipe).inc(shipped_bytes)
-        self._exact.labels(recipe).inc(exact_bytes)
-        if shipped_bytes:
-            self._ratio.labels(recipe).observe(exact_bytes / shipped_bytes)
-        if mass is not None:
-            self._mass.labels(recipe).observe(mass)
+from packlight.telemetry.instruments import Instruments, Shipments
 
 
 class RouterMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        made = _Instruments("router", registry)
+        made = Instruments("router", registry)
         self._requests = made.counter("requests")
         self._inflight = made.gauge("inflight_requests")
         self._request_s = made.histogram("request_seconds")
@@ -96,7 +39,7 @@ class RouterMetrics:
         self._ready = made.gauge("ready")
         self._index = made.gauge("index_available")
         self._draining = made.gauge("draining")
-        self._shipments = _Shipments(made)
+        self._shipments = Shipments(made)
 
     def request_started(self, endpoint: str) -> None:
         self._inflight.labels(endpoint).inc()
@@ -175,7 +118,7 @@ class RouterMetrics:
 class _WorkerMetrics:
     """What both kinds of workers measure."""
 
-    def __init__(self, made: _Instruments, wall_clock: Callable[[], float]) -> None:
+    def __init__(self, made: Instruments, wall_clock: Callable[[], float]) -> None:
         self._wall_clock = wall_clock
         self._requests = made.counter("requests")
         self._errors = made.errors("errors")
@@ -186,7 +129,7 @@ class _WorkerMetrics:
         self._queue_s = made.histogram("queue_seconds")
         self._step_s = made.histogram("step_seconds")
         self._links = made.counter("links")
-        self._shipments = _Shipments(made)
+        self._shipments = Shipments(made)
 
     def count_request(self, outcome: str) -> None:
         """How a request ended: completed, cancelled, refused or failed."""
@@ -223,7 +166,7 @@ class _WorkerMetrics:
 
 class PrefillMetrics(_WorkerMetrics):
     def __init__(self, registry: CollectorRegistry, *, wall_clock: Callable[[], float] = time.time) -> None:
-        made = _Instruments("prefill", registry)
+        made = Instruments("prefill", registry)
         super().__init__(made, wall_clock)
         self._prompt = made.counter("prompt_tokens")
         self._cached = made.counter("cached_prompt_tokens")
@@ -269,7 +212,7 @@ class PrefillMetrics(_WorkerMetrics):
 
 class DecodeMetrics(_WorkerMetrics):
     def __init__(self, registry: CollectorRegistry, *, wall_clock: Callable[[], float] = time.time) -> None:
-        made = _Instruments("decode", registry)
+        made = Instruments("decode", registry)
         super().__init__(made, wall_clock)
         self._generated = made.counter("generated_tokens")
         self._batch = made.histogram("batch_size")

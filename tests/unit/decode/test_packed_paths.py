@@ -10,7 +10,8 @@ import torch
 from packlight.compress.readers.shared import Readers
 from packlight.core.config import DecodeConfig, DType, ModelConfig
 from packlight.core.errors import ConfigError
-from packlight.core.types import PackSpec, Role
+from packlight.core.types import PackSpec
+from packlight.core.workers import Role
 from packlight.engine.build import build_model, packed_pool
 from packlight.kv.coded import CodedPool
 from packlight.models.fake_spec import fake_spec

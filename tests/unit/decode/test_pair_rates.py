@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from packlight.core.shipping import Shipped
-from packlight.core.types import Role, WorkerInfo, WorkerLoad
+from packlight.core.workers import Role, WorkerInfo, WorkerLoad
 from packlight.decode.pair_rates import LEAST_BYTES, MOST_PAIRS, PairRates
 from packlight.fleet.card import decode_worker, encode_worker
 from packlight.wire.frames import event_from_bytes, event_to_bytes

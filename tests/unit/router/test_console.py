@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from packlight.compress.recipes import RECIPES
-from packlight.core.types import LocalPrefill, Role, WorkerInfo, WorkerLoad
+from packlight.core.workers import LocalPrefill, Role, WorkerInfo, WorkerLoad
 from packlight.router.console.page import STATIC
 from packlight.router.console.state import TOTALS, totals
 from packlight.telemetry.catalogue import CATALOGUE

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from packlight.compress.policy import Plan
-from packlight.core.config import build_config
+from packlight.core.config_tree import build_config
 from packlight.core.kept_map import KeptMap
 from packlight.core.types import Finished, GenerateEvent, GenerateRequest, Progress
 from packlight.models.fake_spec import FakeTokenizer, fake_spec

@@ -9,7 +9,8 @@ import pytest
 
 from packlight.core.config import DecodeConfig, RouterConfig
 from packlight.core.errors import NoWorker, QueueFull, WorkerLost
-from packlight.core.types import Finished, PackSpec, Role, Tokens
+from packlight.core.types import Finished, PackSpec, Tokens
+from packlight.core.workers import Role
 from packlight.models.fake import fake_answer
 from tests.support.fake_pair import make_request, until
 from tests.support.fleet_of_fakes import FleetOfFakes, broken_answer, events_of, fleet_of_fakes

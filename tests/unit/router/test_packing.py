@@ -11,9 +11,10 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from packlight.compress.parts import CODECS
 from packlight.compress.policy import Plan
-from packlight.compress.recipes import CODECS, RECIPES
-from packlight.core.config import build_config
+from packlight.compress.recipes import RECIPES
+from packlight.core.config_tree import build_config
 from packlight.core.errors import ConfigError
 from packlight.core.types import GenerateRequest
 from packlight.models.fake_spec import FakeTokenizer, fake_spec

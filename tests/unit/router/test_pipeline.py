@@ -21,7 +21,8 @@ from packlight.core.errors import (
     WorkerLost,
 )
 from packlight.core.shipping import Chunk, FirstToken, LayerHeader
-from packlight.core.types import Failed, Finished, PackSpec, Progress, Role, Tokens
+from packlight.core.types import Failed, Finished, PackSpec, Progress, Tokens
+from packlight.core.workers import Role
 from packlight.models.fake import PREFILL_BIAS, fake_answer
 from packlight.prefix.memory import MemoryPrefixIndex
 from packlight.router.service import Decided

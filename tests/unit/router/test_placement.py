@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from packlight.core.errors import NoWorker
-from packlight.core.types import LocalPrefill, Role, WorkerInfo, WorkerLoad
+from packlight.core.workers import LocalPrefill, Role, WorkerInfo, WorkerLoad
 from packlight.router.placement import (
     ASSUMED_ARRIVALS_PER_S,
     HOP_S,

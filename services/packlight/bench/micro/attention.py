@@ -15,7 +15,7 @@ from packlight.bench.micro.flags import (
     stream_bytes,
 )
 from packlight.bench.output import add_output_arguments, check_output, emit, machine_facts, machine_line, say, table
-from packlight.compress.recipes import CODECS
+from packlight.compress.parts import CODECS
 from packlight.core.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from packlight.bench.micro.flags import add_thread_argument, at_least_one, num_threads, one_of
 from packlight.bench.output import add_output_arguments, check_output, emit, machine_facts, machine_line, table
-from packlight.compress.recipes import CODECS, codecs_for
+from packlight.compress.parts import CODECS, codecs_for
 
 if TYPE_CHECKING:
     from packlight.bench.micro.measure.codecs import Coded

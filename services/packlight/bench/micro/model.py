@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from packlight.bench.micro.flags import num_threads
 from packlight.bench.output import say
-from packlight.core.config import Config, build_config
-from packlight.core.types import Role
+from packlight.core.config import Config
+from packlight.core.config_tree import build_config
+from packlight.core.workers import Role
 from packlight.models.opened import OpenedModel, open_model
 
 if TYPE_CHECKING:

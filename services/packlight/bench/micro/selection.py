@@ -19,7 +19,8 @@ from packlight.bench.output import (
     table,
 )
 from packlight.bench.timing import Spread
-from packlight.core.config import Config, build_config
+from packlight.core.config import Config
+from packlight.core.config_tree import build_config
 from packlight.core.errors import ConfigError
 from packlight.core.types import ModelSpec
 from packlight.evaluate.tasks.haystack import sentences

@@ -8,19 +8,18 @@ is on its way), so TTFT includes connecting: a round trip.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
 
 from packlight.bench.serve.answers import Answer
 from packlight.bench.serve.prompts import Exchange, Prompts, Question
-from packlight.bench.serve.stream import Piece, Reading, describe_error, read_stream
+from packlight.bench.serve.stream import Piece, Reading, describe_refusal, read_stream, to_answer
 from packlight.bench.serve.targets import Target
 from packlight.core.errors import ConfigError
 
 Clock = Callable[[], float]
-_MICROSECOND = 6
 
 
 def make_http(timeout_s: float, api_key: str | None) -> httpx.AsyncClient:
@@ -79,7 +78,14 @@ class Client:
         data = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
         sent_s = self._clock()
         reading = await self._read(data)
-        return self._answer(reading, question, sent_s if due_s is None else due_s, sent_s, is_follow_up)
+        return to_answer(
+            reading,
+            sent_s if due_s is None else due_s,
+            sent_s,
+            references=question.references,
+            is_follow_up=is_follow_up,
+            count_text=self._prompts.count_text,
+        )
 
     async def _read(self, data: bytes) -> Reading:
         pieces: list[Piece] = []
@@ -87,42 +93,9 @@ class Client:
         try:
             async with self._http.stream("POST", self._url, content=data, headers=headers) as reply:
                 if reply.status_code != httpx.codes.OK:
-                    return Reading(error=f"HTTP {reply.status_code}: {_refusal(await reply.aread())}")
+                    return Reading(error=f"HTTP {reply.status_code}: {describe_refusal(await reply.aread())}")
                 async for piece in reply.aiter_bytes():
                     pieces.append(Piece(self._clock(), piece))
         except httpx.HTTPError as error:
             return Reading(error=f"{type(error).__name__}: {error}")
         return read_stream(pieces)
-
-    def _answer(self, reading: Reading, question: Question, due_s: float, sent_s: float, is_follow_up: bool) -> Answer:
-        usage = reading.usage or {}
-        counted = usage.get("completion_tokens")
-        found = all(reference in reading.text for reference in question.references) if question.references else None
-        return Answer(
-            due_s=round(due_s, _MICROSECOND),
-            sent_s=round(sent_s, _MICROSECOND),
-            event_s=tuple(round(at_s, _MICROSECOND) for at_s in reading.event_s),
-            end_s=None if reading.end_s is None else round(reading.end_s, _MICROSECOND),
-            num_prompt_tokens=usage.get("prompt_tokens"),
-            num_cached_tokens=_details(usage).get("cached_tokens"),
-            num_output_tokens=self._prompts.count_text(reading.text) if counted is None else counted,
-            counted_by="tokenizer" if counted is None else "usage",
-            is_follow_up=is_follow_up,
-            found=found if reading.error is None else None,
-            text=reading.text,
-            kv=usage.get("kv"),
-            error=reading.error,
-        )
-
-
-def _details(usage: Mapping[str, Any]) -> Mapping[str, Any]:
-    return usage.get("prompt_tokens_details") or {}
-
-
-def _refusal(body: bytes) -> str:
-    """What a server says instead of an answer: OpenAI's error object, or any text."""
-    try:
-        said = json.loads(body)
-    except ValueError:
-        return body.decode("utf-8", errors="replace")[:300]
-    return describe_error(said.get("error") or said.get("detail") or said if isinstance(said, dict) else said)

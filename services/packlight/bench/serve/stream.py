@@ -1,4 +1,4 @@
-"""A streamed reply, read after it is over.
+"""A streamed reply, read after it is over, and the answer that it was.
 
 While a reply streams only raw pieces and their times are kept, so that the client takes as little as possible from the
 cores that it shares with the server it measures. An event's time is that of the piece which completed its line.
@@ -10,11 +10,14 @@ and the stream's JSON for both kinds of completions.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from packlight.bench.serve.answers import Answer
+
 _DONE = "[DONE]"
+_MICROSECOND = 6
 
 
 class Piece(NamedTuple):
@@ -52,6 +55,46 @@ def read_stream(pieces: Sequence[Piece]) -> Reading:
     elif not reading.event_s:
         reading.error = "the answer has no text"
     return reading
+
+
+def to_answer(
+    reading: Reading,
+    due_s: float,
+    sent_s: float,
+    *,
+    references: Sequence[str],
+    is_follow_up: bool,
+    count_text: Callable[[str], int] = lambda _: 0,
+) -> Answer:
+    """`references` are what the text should hold. Without the server's usage the tokens are those that `count_text`
+    counts in it."""
+    usage = reading.usage or {}
+    counted = usage.get("completion_tokens")
+    is_asked = bool(references) and reading.error is None
+    return Answer(
+        due_s=round(due_s, _MICROSECOND),
+        sent_s=round(sent_s, _MICROSECOND),
+        event_s=tuple(round(at_s, _MICROSECOND) for at_s in reading.event_s),
+        end_s=None if reading.end_s is None else round(reading.end_s, _MICROSECOND),
+        num_prompt_tokens=usage.get("prompt_tokens"),
+        num_cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+        num_output_tokens=count_text(reading.text) if counted is None else counted,
+        counted_by="tokenizer" if counted is None else "usage",
+        is_follow_up=is_follow_up,
+        found=all(reference in reading.text for reference in references) if is_asked else None,
+        text=reading.text,
+        kv=usage.get("kv"),
+        error=reading.error,
+    )
+
+
+def describe_refusal(body: bytes) -> str:
+    """What a server says instead of an answer: OpenAI's error object, or any text."""
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return body.decode("utf-8", errors="replace")[:300]
+    return describe_error(said.get("error") or said.get("detail") or said if isinstance(said, dict) else said)
 
 
 def _payloads(pieces: Sequence[Piece]) -> Iterator[tuple[float, str]]:

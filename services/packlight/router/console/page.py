@@ -7,6 +7,7 @@ own: the policy below forbids everything else, and with it whatever a model's te
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from starlette.routing import Route
 STATIC = Path(__file__).parent / "static"
 INDEX = "index.html"
 
-_TYPES = {
+_TYPES: Mapping[str, str] = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -36,7 +37,7 @@ _POLICY = (
     "require-trusted-types-for 'script'",
     "trusted-types 'none'",
 )
-_HEADERS = {
+_HEADERS: Mapping[str, str] = {
     "cache-control": "no-cache",
     "content-security-policy": "; ".join(_POLICY),
     "cross-origin-opener-policy": "same-origin",

@@ -11,10 +11,12 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from packlight import __version__
+from packlight.compress.parts import codecs_for
 from packlight.compress.policy import Policy
-from packlight.compress.recipes import RECIPES, Recipe, codecs_for
+from packlight.compress.recipes import RECIPES, Recipe
 from packlight.core.config import Config
-from packlight.core.types import ModelSpec, Role, WorkerInfo, WorkerLoad
+from packlight.core.types import ModelSpec
+from packlight.core.workers import Role, WorkerInfo, WorkerLoad
 from packlight.router.service import Readiness
 
 TOTALS = ("requests", "prompt_tokens", "cached_prompt_tokens", "generated_tokens", "shipped_bytes", "exact_bytes")

@@ -16,8 +16,8 @@ import torch
 from packlight.bench.timing import Spread, slices_of, take_turns
 from packlight.compress.base import Codec
 from packlight.compress.pack import PackedLayer
+from packlight.compress.parts import CODECS
 from packlight.compress.payload import decode_layer, encode_layer
-from packlight.compress.recipes import CODECS
 
 
 @dataclass(frozen=True, slots=True)

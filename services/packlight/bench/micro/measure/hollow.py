@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from packlight.attention.base import AttentionPlan, DecodeBatch, PrefillBatch
+from packlight.attention.base import AttentionPlan, DecodeBatch, LayerQueries, PrefillBatch
 from packlight.attention.stores import NewTokens, chunk_places
 from packlight.core.types import ModelSpec
 from packlight.models.base import AttentionSink
@@ -51,7 +51,7 @@ class _StorePrefill:
     ) -> Tensor:
         self._batch.pool.write_blocks(layer, self._blocks_T, self._offsets_T, k_TKD, v_TKD)
         if self._batch.on_layer is not None:
-            self._batch.on_layer(layer, q_THD, scale)
+            self._batch.on_layer(layer, LayerQueries(q_THD, scale))
         return q_THD
 
 
@@ -64,5 +64,5 @@ class _StoreDecode:
     ) -> Tensor:
         self._new_tokens.store(layer, k_TKD, v_TKD, sliding_window)
         if self._batch.on_layer is not None:
-            self._batch.on_layer(layer, q_THD, scale)
+            self._batch.on_layer(layer, LayerQueries(q_THD, scale))
         return q_THD

@@ -14,7 +14,9 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from packlight.bench.micro.measure.hollow import HollowModel, StoreOnly
-from packlight.core.config import Config, build_config
+from packlight.core.config import Config
+from packlight.core.config_tree import build_config
+from packlight.core.credentials import open_credentials
 from packlight.engine.compute import Compute
 from packlight.engine.runner import Runner
 from packlight.kv.pool import KVPool
@@ -49,7 +51,7 @@ async def hollow_prefill(config: Config) -> AsyncIterator[PrefillWorker]:
 
 async def serve(config: Config) -> None:
     async with hollow_prefill(config) as worker:
-        server, port = await start_server([prefill_handler(worker)], "127.0.0.1", 0)
+        server, port = await start_server([prefill_handler(worker)], "127.0.0.1", 0, open_credentials(config.tls))
         print(f"hollow prefill worker is ready on 127.0.0.1:{port}", flush=True)
         await asyncio.to_thread(sys.stdin.read)
         await server.stop(grace=None)

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from packlight.bench.micro.measure.hollow import HollowModel, StoreOnly
 from packlight.bench.micro.measure.processes import WorkerProcess
 from packlight.core.config import Config
+from packlight.core.credentials import open_credentials
 from packlight.core.errors import InternalError
 from packlight.core.shipping import PrefillClient
 from packlight.core.types import (
@@ -36,7 +37,7 @@ from packlight.engine.compute import Compute
 from packlight.engine.runner import DecodeRunner
 from packlight.kv.pool import KVPool, block_bytes
 from packlight.telemetry.metrics import DecodeMetrics
-from packlight.wire.channel import Channels
+from packlight.wire.channel import Channels, Dialer
 from packlight.wire.prefill import GrpcPrefillClient
 
 GIB = 1 << 30
@@ -113,7 +114,7 @@ async def receiver(
     num_bytes = block_bytes(spec, page_size, dtype) * (2 * math.ceil(max_tokens / page_size) + 2)
     pool = KVPool.of_size(spec, memory_bytes=num_bytes, page_size=page_size, dtype=dtype)
     section = config.decode.model_copy(update={"transports": [transport], "max_batch": 2})
-    compute, channels = Compute("hollow-decode"), Channels()
+    compute, channels = Compute("hollow-decode"), Channels(Dialer(open_credentials(config.tls)))
     client = GrpcPrefillClient(channels.get(peer.address), "prefill") if isinstance(peer, WorkerProcess) else peer
     worker = DecodeWorker(
         section,

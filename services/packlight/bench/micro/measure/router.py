@@ -30,13 +30,11 @@ from packlight.core.types import (
     GenerateRequest,
     ModelSpec,
     Progress,
-    Role,
     Token,
     Tokens,
     Usage,
-    WorkerId,
-    WorkerInfo,
 )
+from packlight.core.workers import Role, WorkerId, WorkerInfo
 from packlight.evaluate.tasks.haystack import sentences
 from packlight.fleet.registry import build_fleet
 from packlight.fleet.view import FleetView

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from packlight.compress.parts import CODECS
 from packlight.compress.payload import tokens_per_page
 from packlight.compress.readers.shared import Readers
-from packlight.compress.recipes import CODECS
 from packlight.core.types import ModelSpec, PackSpec
 from packlight.kv.coded import CodedPool
 from packlight.kv.pages import PageBook
@@ -160,7 +160,7 @@ def _fill(
     for row in rows:
         for layer, lengths in enumerate(lengths_LK):
             pages_X = torch.from_numpy(table.fill_layer(row, layer, list(lengths))).long().to(pool.device)
-            num_tokens_X = torch.tensor(tokens_per_page(lengths, pool.page_size), device=pool.device)
+            num_tokens_X = tokens_per_page(lengths, pool.page_size).to(pool.device)
             for start in range(0, len(pages_X), _TILE_PAGES):
                 part, num_tokens = (x_X[start : start + _TILE_PAGES] for x_X in (pages_X, num_tokens_X))
                 k, v = k_tile[: len(part)], v_tile[: len(part)]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from packlight.bench.micro.measure.peer import hollow_prefill
 from packlight.bench.micro.measure.processes import packlight_role, worker_process
 from packlight.bench.micro.measure.receiver import Receiver, Shipment, receiver
-from packlight.core.config import Config, build_config
+from packlight.core.config import Config
+from packlight.core.config_tree import build_config
 from packlight.core.errors import PacklightError
 from packlight.core.types import ModelSpec, PackSpec
 
