@@ -12,7 +12,7 @@ from torch import Tensor
 
 from packlight.core.types import ModelSpec
 from packlight.kv.pages import PageIds
-from packlight.kv.pool import blocks_that_fit, zeros_on_first_touch
+from packlight.kv.pool import blocks_that_fit, store_pages, zeros_on_first_touch
 
 E4M3 = torch.float8_e4m3fn
 
@@ -50,8 +50,8 @@ class FP8Pool:
         return 2 * self._k_bytes.numel()
 
     def write_pages(self, pages_X: Tensor, k_XPD: Tensor, v_XPD: Tensor, num_tokens_X: Tensor | None = None) -> None:
-        self._k_bytes.index_copy_(0, pages_X, _to_bytes(k_XPD))
-        self._v_bytes.index_copy_(0, pages_X, _to_bytes(v_XPD))
+        store_pages(self._k_bytes, pages_X, _to_bytes(k_XPD))
+        store_pages(self._v_bytes, pages_X, _to_bytes(v_XPD))
 
     def append(self, slots_X: Tensor, k_XD: Tensor, v_XD: Tensor) -> None:
         self._k_bytes.view(-1, self.head_dim).index_copy_(0, slots_X, _to_bytes(k_XD))

@@ -26,6 +26,7 @@ from packlight.core.types import ModelSpec
 from packlight.kv.pages import PageIds
 
 CACHE_LINE_BYTES = 64
+WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def block_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
@@ -51,6 +52,18 @@ def zeros_on_first_touch(shape: tuple[int, ...], dtype: torch.dtype, device: str
     memory = np.zeros(num_bytes + CACHE_LINE_BYTES, dtype=np.uint8)
     start = -memory.ctypes.data % CACHE_LINE_BYTES
     return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
+
+
+def store_pages(memory_NPD: Tensor, pages_X: Tensor, given_XPD: Tensor) -> None:
+    """`memory_NPD[pages_X] = given_XPD`, both of one dtype.
+
+    Torch does that number by number on a CPU: with words of 8 bytes instead of bf16 it takes a third of the time."""
+    given_XE = given_XPD.flatten(1)
+    given_XE = given_XE if given_XE.stride(1) == 1 else given_XE.contiguous()
+    # A view of wider words must be a whole number of them, and begin at one.
+    num_bytes = math.gcd(given_XE.shape[1], given_XE.storage_offset()) * given_XE.itemsize
+    word = next(word for word in WORDS if num_bytes % word.itemsize == 0)
+    memory_NPD.flatten(1).view(word).index_copy_(0, pages_X, given_XE.view(word))
 
 
 class Tokens(NamedTuple):
@@ -173,8 +186,9 @@ class KVPool:
         return self._read(self.k, layer, blocks, num_tokens)
 
     def tokens(self, layer: int, blocks: Tensor, indices: Sequence[Tensor]) -> Tokens:
-        slots_S = self.token_slots(blocks)
-        places = tuple(slots_S[index_X] + self.slots_before(layer, head) for head, index_X in enumerate(indices))
+        slots_X = self.token_slots(blocks).index_select(0, torch.cat(list(indices)))
+        of_heads = enumerate(torch.split(slots_X, [len(index_X) for index_X in indices]))
+        places = tuple(slots_X + self.slots_before(layer, head) for head, slots_X in of_heads)
         return Tokens(self.k_slots, self.v_slots, places)
 
     def token_slots(self, blocks: Tensor) -> Tensor:
@@ -195,8 +209,8 @@ class KVPool:
         return pages_KNPD.flatten(1, 2)[:, :num_tokens]
 
     def write_pages(self, pages_X: Tensor, k_XPD: Tensor, v_XPD: Tensor, num_tokens_X: Tensor | None = None) -> None:
-        self.k_pages.index_copy_(0, pages_X, k_XPD)
-        self.v_pages.index_copy_(0, pages_X, v_XPD)
+        store_pages(self.k_pages, pages_X, k_XPD)
+        store_pages(self.v_pages, pages_X, v_XPD)
 
     def append(self, slots_X: Tensor, k_XD: Tensor, v_XD: Tensor) -> None:
         self.k_slots.index_copy_(0, slots_X, k_XD)

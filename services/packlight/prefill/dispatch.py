@@ -5,13 +5,20 @@ Knows the worker's identity on the wire. Does not know what is selected (`shippe
 
 from __future__ import annotations
 
+import numpy as np
+from torch import Tensor
+
+from packlight.attention.upload import upload
 from packlight.compress.base import Codec
 from packlight.compress.kept_counts import KeptCounts
-from packlight.compress.recipes import CODECS, codec_of
+from packlight.compress.parts import CODECS
+from packlight.compress.recipes import codec_of
 from packlight.compress.select import Selector
 from packlight.core.shipping import Accepted, Manifest, compatibility_hash
 from packlight.engine.runner import PrefillRunner
 from packlight.prefill.shipper import Shipment
+from packlight.prefill.staging import CudaCopier, Staging
+from packlight.prefill.stopwatch import stopwatch
 from packlight.prefill.task import Task
 from packlight.transfer.base import KVSender, Site
 from packlight.transfer.registry import TRANSPORTS, build_transport, connect
@@ -23,7 +30,8 @@ class Dispatch:
 
     def __init__(self, runner: PrefillRunner, site: Site) -> None:
         self._spec, self._pool = spec, pool = runner.model.spec, runner.pool
-        self.window = runner.window
+        self.window, self.packer = runner.window, runner.packer
+        self.staging = Staging(CudaCopier(pool.device)) if pool.device.type == "cuda" else None
         self._transports = {name: build_transport(name, site) for name in TRANSPORTS}
         self._codecs: dict[str, Codec] = {}
         self.compatibility = compatibility_hash(spec, pool.page_size, str(pool.dtype))
@@ -33,6 +41,8 @@ class Dispatch:
         return connect(wanted, self._transports)
 
     def close(self) -> None:
+        if self.staging is not None:
+            self.staging.close()
         for transport in self._transports.values():
             transport.close()
 
@@ -43,19 +53,29 @@ class Dispatch:
             pack=task.request.pack,
             anchor=task.anchor,
             num_tokens=task.num_tokens,
-            blocks=task.blocks,
+            blocks=self.block_ids(task),
             start=start,
             context=context,
             window=task.window,
             sender=task.sender,
             codec=self._codec(codec_of(task.request.pack)),
             outbox=task.outbox,
-            selector=Selector(task.request.pack, num_prompt_tokens=task.anchor, num_tokens=task.num_tokens),
+            selector=Selector(
+                task.request.pack,
+                num_prompt_tokens=task.anchor,
+                num_tokens=task.num_tokens,
+                reads_late=self._pool.device.type != "cpu",
+            ),
+            stopwatch=stopwatch(self._pool.device),
             accumulated=task.accumulated,
             shadow=[] if task.has_shadow else None,
             marks=task.marks,
             kept=KeptCounts(self._spec, task.anchor) if task.request.explain else None,
         )
+
+    def block_ids(self, task: Task) -> Tensor:
+        """int64 on the pool's device."""
+        return upload(task.blocks.astype(np.int64), self._pool.device)
 
     def announce(self, task: Task) -> Accepted:
         """The shipment's first event."""

@@ -27,13 +27,14 @@ class PackMark(LayerMark):
 
     num_kept_tokens: float
     num_bytes: int
-    retained_mass: float
 
 
 @dataclass(slots=True)
 class Marks:
-    """`chunks` are (first token, end, when it was computed by the worker's clock)."""
+    """`chunks` are (first token, end, when it was computed by the worker's clock). `retained_mass` by layer is known in
+    the end."""
 
     chunks: list[tuple[int, int, float]] = field(default_factory=list)
     selected: list[LayerMark] = field(default_factory=list)
     packed: list[PackMark] = field(default_factory=list)
+    retained_mass: dict[int, float] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """The way out of a prefill request: from the compute thread to whoever reads the stream.
 
-Knows the order of events: layers in order, the first token before layers that still wait, the end last. Ends exactly
-once, with `Shipped` or an error.
+Knows the order of events: layers in order, the first token before layers that still wait but never before `Accepted`,
+the end last. Ends exactly once, with `Shipped` or an error.
 
 A layer is handed over as an iterator of frames, which is drawn here, by the reader: checksums, and the copies that a
 transport makes, are not the compute thread's work. Where a transport yields a future, its bytes are still on their way
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from packlight.core.errors import PacklightError
 from packlight.core.rate import Rate
-from packlight.core.shipping import Chunk, FirstToken, LayerHeader, PrefillEvent, ShipFrame, Shipped
+from packlight.core.shipping import Accepted, Chunk, FirstToken, LayerHeader, PrefillEvent, ShipFrame, Shipped
 from packlight.transfer.base import Pending
 
 
@@ -44,6 +44,8 @@ class Outbox:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[Iterator[PrefillEvent | Pending] | PacklightError] = deque()
+        self._first_token: FirstToken | None = None
+        self._is_accepted = False  # as far as the reader knows
         self._wake = asyncio.Event()
         self._computed_s: float | None = None
         self.sent, self.time = Rate(), ShipTime()
@@ -57,7 +59,7 @@ class Outbox:
     def put(self, event: PrefillEvent) -> None:
         if isinstance(event, FirstToken):
             self._computed_s = time.perf_counter()
-            self._waiting.appendleft(iter((event,)))
+            self._first_token = event
             self._wake.set()
         else:
             self._append(iter((event,)))
@@ -112,12 +114,16 @@ class Outbox:
 
     def _draw(self) -> PrefillEvent | Pending | None:
         """The next event, or what it waits for; None if nobody knows yet."""
-        while self._waiting:
+        while self._waiting or self._first_token is not None:
+            if self._first_token is not None and (self._is_accepted or not self._waiting):
+                token, self._first_token = self._first_token, None
+                return token
             first = self._waiting[0]
             if isinstance(first, PacklightError):
                 raise first
             event = next(first, None)
             if event is not None:
+                self._is_accepted |= isinstance(event, Accepted)
                 return event
             self._waiting.popleft()
         return None

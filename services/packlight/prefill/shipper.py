@@ -11,37 +11,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from packlight.attention.base import LayerQueries
 from packlight.compress.accumulate import AccumulatedMass
 from packlight.compress.base import Codec, LayerView, Selection
 from packlight.compress.evict import evicts, with_mass
 from packlight.compress.kept_counts import KeptCounts
-from packlight.compress.pack import PackedLayer, pack
+from packlight.compress.pack import PackedLayer
+from packlight.compress.packers import Packer
 from packlight.compress.payload import decode_layer, encode_layer
-from packlight.compress.select import Selector
+from packlight.compress.select import Selector, read_masses
 from packlight.compress.window import StoredWindow
 from packlight.core.shipping import Shipped
 from packlight.core.types import ModelSpec, PackSpec
-from packlight.kv.pages import PageIds
 from packlight.kv.pool import ExactPool
 from packlight.prefill.marks import LayerMark, Marks, PackMark
 from packlight.prefill.outbox import Outbox
+from packlight.prefill.staging import Frames, Staging
+from packlight.prefill.stopwatch import Stopwatch
 from packlight.transfer.base import KVSender
 
 
 @dataclass(slots=True)
 class Tally:
-    """What became of one shipment, added up over its layers."""
+    """What became of one shipment, added up over its layers. `masses`: by layer, what was retained, which may still be
+    on its way; `retained_mass` is their mean once all are read."""
 
     num_layers: int = 0
     shipped_bytes: int = 0
     num_kept: int = 0
     num_grown: int = 0
-    mass: float = 0.0
+    masses: list[tuple[int, float | Tensor]] = field(default_factory=list)
+    retained_mass: float = 0.0
     select_s: float = 0.0
 
 
@@ -56,10 +60,11 @@ class ShadowLayer:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """A chunk whose queries are all looked at: rows `start : start + num_rows` of the step, tokens `context` on."""
+    """A chunk whose queries are all looked at: rows `start : start + num_rows` of the step, tokens `context` on.
+    `blocks`: int64 ids on the pool's device."""
 
     accumulated: AccumulatedMass
-    blocks: PageIds
+    blocks: Tensor
     start: int
     context: int
     num_rows: int
@@ -67,12 +72,13 @@ class Watch:
 
 @dataclass(slots=True)
 class Shipment:
-    """One prompt of the step: rows `start : start + num_rows` of the flat batch are its tokens from `context` on."""
+    """One prompt of the step: rows `start : start + num_rows` of the flat batch are its tokens from `context` on.
+    `blocks`: int64 ids on the pool's device."""
 
     pack: PackSpec
     anchor: int
     num_tokens: int
-    blocks: PageIds
+    blocks: Tensor
     start: int
     context: int
     window: int
@@ -80,6 +86,7 @@ class Shipment:
     codec: Codec
     outbox: Outbox
     selector: Selector
+    stopwatch: Stopwatch
     accumulated: AccumulatedMass | None = None
     shadow: list[ShadowLayer] | None = None
     marks: Marks | None = None
@@ -97,6 +104,16 @@ class Shipment:
         mass_KS = self.accumulated.layer(layer) if self.accumulated else None
         return with_mass(payload, selection.indices, mass_KS)
 
+    def settle(self) -> None:
+        """Every layer is on its way: wait for what was left to be read, once.
+
+        Raises InternalError when a layer's attention was not finite."""
+        masses = read_masses(self.tally.masses)
+        self.tally.retained_mass = sum(masses) / max(1, len(masses))
+        self.tally.select_s = self.stopwatch.read_s()
+        if self.marks is not None:
+            self.marks.retained_mass = {layer: mass for (layer, _), mass in zip(self.tally.masses, masses, strict=True)}
+
     def shipped(self, spec: ModelSpec, itemsize: int, *, queue_s: float, prefill_s: float) -> Shipped:
         tally = self.tally
         num_sites = max(1, tally.num_layers * spec.num_kv_heads)
@@ -105,7 +122,7 @@ class Shipment:
             shipped_bytes=tally.shipped_bytes,
             exact_bytes=spec.kv_bytes_per_token(itemsize) * self.num_tokens,
             num_kept_tokens=tally.num_kept / num_sites,
-            retained_mass=tally.mass / max(1, tally.num_layers),
+            retained_mass=tally.retained_mass,
             queue_s=queue_s,
             prefill_s=prefill_s,
             select_s=tally.select_s,
@@ -121,61 +138,67 @@ class Shipper:
         self,
         spec: ModelSpec,
         pool: ExactPool,
+        packer: Packer,
         shipments: Sequence[Shipment],
         watches: Sequence[Watch] = (),
         window: StoredWindow | None = None,
+        staging: Staging | None = None,
     ) -> None:
-        """Without `window` the window's attention is torch's work."""
-        self._spec, self._pool, self._shipments, self._watches, self._window = spec, pool, shipments, watches, window
+        """`packer` is of `pool`. Without `window` the window's attention is torch's work. `staging`: the way to senders
+        that want payloads on the host, if the pool is elsewhere."""
+        self._spec, self._pool, self._packer, self._window, self._staging = spec, pool, packer, window, staging
+        self._shipments, self._watches = shipments, watches
 
-    def __call__(self, layer: int, q_THD: Tensor, scale: float) -> None:
+    def __call__(self, layer: int, queries: LayerQueries) -> None:
         for watch in self._watches:
-            self._accumulate(watch, layer, q_THD, scale)
+            self._accumulate(watch, layer, queries)
         for shipment in self._shipments:
-            started = time.perf_counter()
-            self._add(shipment, layer, q_THD[shipment.window_rows()], scale)
-            shipment.tally.select_s += time.perf_counter() - started
+            with shipment.stopwatch.running():
+                self._add(shipment, layer, queries)
 
-    def _accumulate(self, watch: Watch, layer: int, q_THD: Tensor, scale: float) -> None:
-        k_KSD = self._pool.read_keys(layer, self._ids(watch.blocks), watch.context + watch.num_rows)
-        watch.accumulated.add(layer, q_THD[watch.start : watch.start + watch.num_rows], k_KSD, scale)
+    def _accumulate(self, watch: Watch, layer: int, queries: LayerQueries) -> None:
+        k_KSD = self._pool.read_keys(layer, watch.blocks, watch.context + watch.num_rows)
+        q_RHD = queries.q_THD[watch.start : watch.start + watch.num_rows]
+        watch.accumulated.add(layer, q_RHD, k_KSD, queries.scale)
 
-    def _add(self, shipment: Shipment, layer: int, q_WHD: Tensor, scale: float) -> None:
+    def _add(self, shipment: Shipment, layer: int, queries: LayerQueries) -> None:
         """Score one layer; send what can be sent by now: it, or nothing yet, or all that waited."""
         started, sliding_window = time.perf_counter(), self._spec.sliding_windows[layer]
-        view = self._view(shipment, layer, q_WHD, scale, is_scored=shipment.selector.scores(sliding_window))
+        view = self._view(shipment, layer, queries, is_scored=shipment.selector.scores(sliding_window))
         found = shipment.selector.add(view, sliding_window)
         if shipment.marks is not None:
             shipment.marks.selected.append(LayerMark(layer, started, time.perf_counter()))
         for ready, selection in found:
             self._ship(shipment, ready, selection)
 
-    def _view(self, shipment: Shipment, layer: int, q_WHD: Tensor, scale: float, *, is_scored: bool) -> LayerView:
+    def _view(self, shipment: Shipment, layer: int, queries: LayerQueries, *, is_scored: bool) -> LayerView:
         """What the selection looks at, and no more: keys have D = 0 where nobody does."""
-        pool, blocks = self._pool, self._ids(shipment.blocks)
-        attention, needs_keys = None, is_scored
+        pool, blocks, rows = self._pool, shipment.blocks, shipment.window_rows()
+        q_WHD, lse_WH = queries.q_THD[rows], None if queries.lse_TH is None else queries.lse_TH[rows]
+        mass_KS, needs_keys = None, is_scored
         if is_scored and self._window is not None:
-            attention = self._window.attend(layer, q_WHD, blocks, shipment.anchor, scale)
+            found = self._window.attend(layer, q_WHD, blocks, shipment.anchor, queries.scale, lse_WH)
+            mass_KS, lse_WH = found.mass_KS, found.lse_WH
             needs_keys = shipment.selector.looks_at_keys
         return LayerView(
             q_WHD=q_WHD,
             k_KSD=pool.read_keys(layer, blocks, shipment.anchor)
             if needs_keys
             else q_WHD.new_empty((pool.num_kv_heads, shipment.anchor, 0)),
-            scale=scale,
+            scale=queries.scale,
             layer=layer,
             num_layers=self._spec.num_layers,
-            lse_WH=attention.lse_WH if attention else None,
-            mass_KS=attention.mass_KS if attention else None,
+            lse_WH=lse_WH,
+            mass_KS=mass_KS,
             accumulated_KS=shipment.accumulated.layer(layer) if shipment.accumulated else None,
         )
 
     def _ship(self, shipment: Shipment, layer: int, selection: Selection) -> None:
         started = time.perf_counter()
-        packed = self._pack(shipment, layer, selection)
-        payload = encode_layer(shipment.codec, packed).to(shipment.sender.device)
+        packed = self._packer.pack(layer, shipment.blocks, selection)
+        payload = encode_layer(shipment.codec, packed)
         sent = shipment.sent(layer, payload, selection)
-        shipment.outbox.put_threadsafe(shipment.sender.frames(layer, packed.lengths, sent))
+        shipment.outbox.put_threadsafe(self._frames(shipment.sender, layer, packed.lengths, sent))
         if shipment.shadow is not None:
             shipment.shadow.append(self._shadow(shipment.codec, packed, payload))
         if shipment.kept is not None:
@@ -185,23 +208,17 @@ class Shipper:
         tally.shipped_bytes += sent.numel()
         tally.num_kept += sum(packed.lengths)
         tally.num_grown += selection.num_grown
-        tally.mass += selection.retained_mass
+        tally.masses.append((layer, selection.retained_mass))
         if shipment.marks is not None:
             num_kept = sum(packed.lengths) / len(packed.lengths)
-            facts = (num_kept, sent.numel(), selection.retained_mass)
-            shipment.marks.packed.append(PackMark(layer, started, time.perf_counter(), *facts))
+            shipment.marks.packed.append(PackMark(layer, started, time.perf_counter(), num_kept, sent.numel()))
 
-    def _pack(self, shipment: Shipment, layer: int, selection: Selection) -> PackedLayer:
-        """Kept tokens straight out of the pool: what is dropped is not read."""
-        k_XD, v_XD, places = self._pool.tokens(layer, self._ids(shipment.blocks), selection.indices)
-        # Every head may take any row, and takes its own.
-        k_KXD, v_KXD = (x_XD.expand(len(places), -1, -1) for x_XD in (k_XD, v_XD))
-        return pack(k_KXD, v_KXD, replace(selection, indices=places), self._pool.page_size)
+    def _frames(self, sender: KVSender, layer: int, lengths: tuple[int, ...], payload: Tensor) -> Frames:
+        if self._staging is not None and sender.device.type == "cpu":
+            return self._staging.frames(sender, layer, lengths, payload)
+        return sender.frames(layer, lengths, payload.to(sender.device))
 
     def _shadow(self, codec: Codec, packed: PackedLayer, payload: Tensor) -> ShadowLayer:
         pool = self._pool
         pages = decode_layer(codec, payload, packed.lengths, pool.page_size, pool.head_dim, pool.dtype)
         return ShadowLayer(packed.lengths, *pages)
-
-    def _ids(self, blocks: PageIds) -> Tensor:
-        return torch.as_tensor(blocks, dtype=torch.int64, device=self._pool.device)

@@ -13,7 +13,7 @@ Selecting, packing and shipping take turns layer by layer, and with computing: `
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from packlight.compress.recipes import codec_of
 from packlight.prefill.marks import LayerMark, Marks, PackMark
@@ -31,7 +31,7 @@ def tell_span(task: Task, marks: Marks, now_s: float) -> None:
     # Of a request that was left, the compute thread may be noting more.
     selected, packed = tuple(marks.selected), tuple(marks.packed)
     _tell_layers(task, "select", selected, shift_s)
-    _tell_layers(task, "pack", packed, shift_s, _of_layers(selected, packed, shift_s))
+    _tell_layers(task, "pack", packed, shift_s, _of_layers(selected, packed, marks.retained_mass, shift_s))
     _tell_shipping(task, shift_s)
 
 
@@ -54,7 +54,9 @@ def _tell_layers(
         task.span.child(name, start_s, end_s, {"packlight.busy_s": busy_s}, moments)
 
 
-def _of_layers(selected: Sequence[LayerMark], packed: Sequence[PackMark], shift_s: float) -> list[Moment]:
+def _of_layers(
+    selected: Sequence[LayerMark], packed: Sequence[PackMark], masses: Mapping[int, float], shift_s: float
+) -> list[Moment]:
     """One for both: of dozens of layers, each moment is felt."""
     select_s = {mark.layer: mark.took_s for mark in selected}
     return [
@@ -67,7 +69,7 @@ def _of_layers(selected: Sequence[LayerMark], packed: Sequence[PackMark], shift_
                 "packlight.pack_s": mark.took_s,
                 "packlight.kept_tokens": mark.num_kept_tokens,
                 "packlight.shipped_bytes": mark.num_bytes,
-                "packlight.attention_mass": mark.retained_mass,
+                "packlight.attention_mass": masses.get(mark.layer),
             },
         )
         for mark in packed

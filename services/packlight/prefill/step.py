@@ -28,19 +28,31 @@ def run_step(
         works.append(ChunkWork(task.request.token_ids[chunk.start : chunk.end], chunk.start, task.blocks, is_last))
         if task.accumulated is not None and chunk.start < task.anchor:
             num_rows = min(chunk.end, task.anchor) - chunk.start
-            watches.append(Watch(task.accumulated, task.blocks, start, chunk.start, num_rows))
+            watches.append(Watch(task.accumulated, dispatch.block_ids(task), start, chunk.start, num_rows))
         if is_last:
             task.outbox.put_threadsafe([dispatch.announce(task)])
             shipments.append(dispatch.open(task, start, chunk.start))
             rows.append(_sample_row(task))
         start += chunk.end - chunk.start
-    shipper = Shipper(runner.model.spec, runner.pool, shipments, watches, dispatch.window)
+    shipper = Shipper(
+        runner.model.spec, runner.pool, dispatch.packer, shipments, watches, dispatch.window, dispatch.staging
+    )
     logits = runner.prefill(works, shipper if shipments or watches else None)
-    return sample(logits, rows), shipments
+    tokens = sample(logits, rows)
+    return [_settled(token, shipment) for token, shipment in zip(tokens, shipments, strict=True)], shipments
+
+
+def _settled(token: Token | InternalError, shipment: Shipment) -> Token | InternalError:
+    """No answer begins before it is known that its selection means something."""
+    try:
+        shipment.settle()
+    except InternalError as error:
+        return error
+    return token
 
 
 def _sample_row(task: Task) -> SampleRow:
     request, penalties = task.request, None
     if request.sampling.has_penalties:
         penalties = PenaltyState(request.token_ids[: task.anchor], request.token_ids[task.anchor :])
-    return SampleRow(request.sampling, task.num_tokens, penalties, request.banned_token_ids)
+    return SampleRow(request.sampling, task.num_tokens, penalties, request.banned_token_ids, task.constraint)

@@ -15,6 +15,7 @@ from packlight.core.hashing import PageHash
 from packlight.core.shipping import Shipped
 from packlight.core.types import PrefillRequest
 from packlight.kv.pages import PageIds
+from packlight.models.grammar import Constraint
 from packlight.prefill.marks import Marks
 from packlight.prefill.outbox import Outbox
 from packlight.prefill.scheduler import Progress, final_start
@@ -47,6 +48,7 @@ class Task:
     sender: KVSender | None = None
     accumulated: AccumulatedMass | None = None
     has_shadow: bool = False
+    constraint: Constraint | None = None
     shipped: Shipped | None = None
     span: Span = NO_SPAN
     marks: Marks | None = None

@@ -1,10 +1,9 @@
 """The prefill worker: exact KV in, selected KV out.
 
-One loop owns all state: admit, plan, run, commit, emit. Only this file awaits; what to compute is decided in
-`scheduler.py`, what to keep in `compress/`, and how bytes look in `transfer/`.
+One loop owns all state: admit, plan, run, commit, emit. Only this file awaits; who is here is in `roster.py`, what to
+compute is decided in `scheduler.py`, what to keep in `compress/`, and how bytes look in `transfer/`.
 
-A request is retired when its last layer is packed, when its reader goes away, or when its step fails: in each case by
-`_retire`, so blocks (`blocks.py`) have one way out.
+A request is retired when its last layer is packed, when its reader goes away, or when its step fails.
 """
 
 from __future__ import annotations
@@ -22,20 +21,23 @@ from packlight.core.config import PrefillConfig
 from packlight.core.errors import Draining, InternalError, PacklightError, QueueFull, RequestNeverFits
 from packlight.core.hashing import page_hashes
 from packlight.core.shipping import FirstToken, PrefillEvent, Waiting
-from packlight.core.types import PrefillRequest, Token, WorkerLoad
+from packlight.core.types import PrefillRequest, Token
+from packlight.core.workers import WorkerLoad
 from packlight.engine.compute import Compute
 from packlight.engine.runner import PrefillRunner, Runner
+from packlight.models.grammar import Grammars, constraint_of
 from packlight.prefill.blocks import Blocks
 from packlight.prefill.dispatch import Dispatch
 from packlight.prefill.marks import Marks
 from packlight.prefill.meter import Meter
 from packlight.prefill.outbox import Outbox
+from packlight.prefill.roster import Roster
 from packlight.prefill.scheduler import ChunkPlan, plan_step, step_room
 from packlight.prefill.shadow import Shadows
 from packlight.prefill.shipper import Shipment
 from packlight.prefill.spans import tell_span
 from packlight.prefill.step import run_step
-from packlight.prefill.task import Stage, Task
+from packlight.prefill.task import Task
 from packlight.telemetry.logs import log_event
 from packlight.telemetry.metrics import PrefillMetrics
 from packlight.telemetry.traces import NO_TRACER, Kind, Span, Tracer, ending
@@ -58,20 +60,20 @@ class PrefillWorker:
         compute: Compute,
         *,
         metrics: PrefillMetrics,
+        grammars: Grammars | None = None,
         tracer: Tracer = NO_TRACER,
         clock: Clock = time.monotonic,
     ) -> None:
         self._config, self._runner, self._compute = config, runner, compute
         self._meter, self._tracer, self._clock = Meter(metrics), tracer, clock
+        self._grammars = grammars
         self.blocks = Blocks(runner.pool.num_blocks, runner.pool.page_size)
         self._dispatch = Dispatch(
             runner, Site(config.host, config.advertise, runner.pool.device, on_link=metrics.count_link)
         )
         shadow_ratio = config.shadow_ratio if isinstance(runner, Runner) else 0.0
         self._shadows = Shadows(shadow_ratio, runner, compute, self.blocks.book, metrics)
-        self._queue: list[Task] = []
-        self._admitted: list[Task] = []
-        self._shipping: set[Task] = set()
+        self._roster = Roster(self.blocks, max_running=2 * config.max_prompts)
         self._wake = asyncio.Event()
         self.draining = False
 
@@ -103,7 +105,7 @@ class PrefillWorker:
         """Step for ever. A step that raises fails its requests, not the worker; books that do not balance end it."""
         try:
             while True:
-                if not self._queue and not self._admitted:
+                if not self._roster.uncomputed:
                     self.blocks.check_idle()
                     self._wake.clear()
                     await self._wake.wait()
@@ -112,11 +114,11 @@ class PrefillWorker:
             self._dispatch.close()
 
     def load(self) -> WorkerLoad:
-        waiting, pace = [*self._queue, *self._admitted], self._meter.pace
+        roster, pace = self._roster, self._meter.pace
         return WorkerLoad(
-            num_running=len(self._admitted) + len(self._shipping),
-            num_queued=len(self._queue),
-            num_queued_tokens=sum(task.num_left for task in waiting),
+            num_running=roster.num_running,
+            num_queued=len(roster.queue),
+            num_queued_tokens=sum(task.num_left for task in roster.uncomputed),
             num_free_pages=self.blocks.num_available,
             num_total_pages=self.blocks.book.num_pages,
             tokens_per_s=1.0 / pace.token_s if pace else 0.0,
@@ -130,19 +132,20 @@ class PrefillWorker:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._queue) + len(self._admitted) + len(self._shipping)
+        return self._roster.num_unfinished
 
     def check(self) -> None:
         """Verify the page books against every task that holds blocks."""
-        self.blocks.check(self._admitted)
+        self.blocks.check(self._roster.admitted)
 
     # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _step(self) -> None:
-        self._drop_cancelled()
+        self._roster.drop_cancelled()
         self._admit()
+        admitted = self._roster.admitted
         plan = plan_step(
-            [task.progress() for task in self._admitted],
+            [task.progress() for task in admitted],
             chunk_tokens=self._room(),
             max_prompts=self._config.max_prompts,
         )
@@ -150,7 +153,7 @@ class PrefillWorker:
             self._wake.clear()
             await self._wake.wait()
             return
-        tasks = [self._admitted[chunk.index] for chunk in plan]
+        tasks = [admitted[chunk.index] for chunk in plan]
         try:
             ran = await self._compute.prefill(partial(run_step, self._runner, self._dispatch, plan, tasks))
         except Exception as error:
@@ -169,38 +172,18 @@ class PrefillWorker:
             max_s=self._compute.max_prefill_s,
         )
 
-    def _drop_cancelled(self) -> None:
-        for task in [task for task in self._admitted if task.cancelled]:
-            self._retire(task)
-            self._close(task)
-
     def _admit(self) -> None:
-        """Give blocks to waiting requests, oldest first, as long as the next step has room, they fit and readers keep
-        up. One whose prefix is being computed for another waits until it is there: nothing is computed twice."""
-        room = self._room() - sum(task.num_left for task in self._admitted)
-        while self._queue and room > 0 and len(self._admitted) + len(self._shipping) < 2 * self._config.max_prompts:
-            task = self._queue[0]
-            if self.blocks.is_coming(task, self._admitted) or not self._start(task):
-                break
-            self._queue.pop(0)
-            self._admitted.append(task)
-            room -= task.num_left
+        spec, device = self._runner.model.spec, self._runner.pool.device
+        for task in self._roster.admit(self._room()):
+            task.started_s = self._clock()
+            if task.needs_all_queries:
+                task.accumulated = AccumulatedMass(spec.num_layers, spec.num_kv_heads, task.anchor, device)
         self._show_state()
 
     def _show_state(self) -> None:
-        oldest_wait_s = self._clock() - self._queue[0].arrived_s if self._queue else 0.0
-        num_running = len(self._admitted) + len(self._shipping)
-        self._meter.state(len(self._queue), oldest_wait_s, num_running, self.blocks.book)
-
-    def _start(self, task: Task) -> bool:
-        """Whether there are blocks for `task` now."""
-        if not self.blocks.take(task):
-            return False
-        if task.needs_all_queries:
-            spec, device = self._runner.model.spec, self._runner.pool.device
-            task.accumulated = AccumulatedMass(spec.num_layers, spec.num_kv_heads, task.anchor, device)
-        task.stage, task.started_s = Stage.PREFILLING, self._clock()
-        return True
+        queue = self._roster.queue
+        oldest_wait_s = self._clock() - queue[0].arrived_s if queue else 0.0
+        self._meter.state(len(queue), oldest_wait_s, self._roster.num_running, self.blocks.book)
 
     def _commit(
         self,
@@ -221,7 +204,7 @@ class PrefillWorker:
     def _reassure(self) -> None:
         """Whoever waits learns that the worker steps. Without steps nobody does: that is what a silence means."""
         now = self._clock()
-        for task in [*self._queue, *self._admitted]:
+        for task in self._roster.uncomputed:
             if now - task.told_s >= REASSURE_S:
                 task.told_s = now
                 task.outbox.put(Waiting())
@@ -247,11 +230,7 @@ class PrefillWorker:
         self._meter.finished(task, shipped)
 
     def _retire(self, task: Task) -> None:
-        """Nothing more is computed; what is left is shipping."""
-        self._admitted.remove(task)
-        self.blocks.retire(task)
-        task.stage = Stage.SHIPPING
-        self._shipping.add(task)
+        self._roster.retire(task)
         self._show_state()
 
     def _fail(self, tasks: Sequence[Task], error: Exception) -> None:
@@ -273,9 +252,18 @@ class PrefillWorker:
         except PacklightError:
             self._meter.refused()
             raise
+        task = self._new_task(request, span)
+        self._roster.queue.append(task)
+        self._show_state()
+        self._wake.set()
+        return task
+
+    def _new_task(self, request: PrefillRequest, span: Span) -> Task:
         spec, pool = self._runner.model.spec, self._runner.pool
+        resumed = request.token_ids[request.num_prompt_tokens :]
+        constraint = constraint_of(self._grammars, request.sampling.grammar, resumed)
         transport, sender = self._dispatch.connect(request.transports)
-        task = Task(
+        return Task(
             request=request,
             hashes=page_hashes(
                 request.token_ids, pool.page_size, fingerprint=spec.fingerprint, salt=request.cache_salt
@@ -287,18 +275,15 @@ class PrefillWorker:
             sender=sender,
             window=1 if keeps_all(request.pack, request.num_prompt_tokens) else request.pack.window,
             has_shadow=self._shadows.wants(request),
+            constraint=constraint,
             span=span,
             marks=Marks() if span.is_recording else None,
         )
-        self._queue.append(task)
-        self._show_state()
-        self._wake.set()
-        return task
 
     def _refuse(self, request: PrefillRequest) -> None:
         if self.draining:
             raise Draining("this prefill worker is shutting down", retry_after_s=1.0)
-        if len(self._queue) >= self._config.max_queue:
+        if len(self._roster.queue) >= self._config.max_queue:
             raise QueueFull(f"prefill queue is full ({self._config.max_queue} requests wait)", retry_after_s=1.0)
         self._runner.model.spec.check_prompt(request.token_ids, request.num_prompt_tokens)
         num_blocks = -(-len(request.token_ids) // self._runner.pool.page_size)
@@ -311,19 +296,7 @@ class PrefillWorker:
     def _leave(self, task: Task) -> None:
         """The reader is gone, with or without having read everything."""
         self._meter.left(task)
-        if task.stage is Stage.PREFILLING:
-            task.cancelled = True  # its step may be running: the next one begins by retiring it
-        else:
-            if task.stage is Stage.QUEUED:
-                self._queue.remove(task)
-            self._close(task)
+        self._roster.leave(task)
         if task.marks is not None:
             tell_span(task, task.marks, self._clock())
         self._wake.set()
-
-    def _close(self, task: Task) -> None:
-        """The end of a request, whose blocks are back already."""
-        self._shipping.discard(task)
-        task.stage = Stage.CLOSED
-        if task.sender is not None:
-            task.sender.release()

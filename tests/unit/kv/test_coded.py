@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from packlight.compress.codecs.fp8 import FP8Codec
 from packlight.compress.codecs.kivi import Int4Codec, Int8Codec
 from packlight.compress.codecs.native import NativeCodec
-from packlight.compress.recipes import CODECS
+from packlight.compress.parts import CODECS
 from packlight.core.errors import ConfigError, InternalError
 from packlight.core.types import ModelSpec
 from packlight.kv.coded import CodedPool

@@ -47,6 +47,16 @@ async def test_the_first_token_overtakes_what_still_waits():
     assert await rest_of(reader) == [FIRST, one[1], *two, END]
 
 
+async def test_the_first_token_does_not_overtake_what_says_how_to_read_it():
+    outbox = Outbox()
+    for events in ([ACCEPTED], layer(0, 3)):
+        put_elsewhere(outbox, events)
+    await asyncio.sleep(0)
+    outbox.put(FIRST)
+    outbox.put(END)
+    assert await read_all(outbox) == [ACCEPTED, FIRST, *layer(0, 3), END]
+
+
 async def test_frames_are_made_on_the_readers_thread():
     made_on = []
 
@@ -125,10 +135,12 @@ def elsewhere(landing, frames):
 
 async def test_a_layer_on_its_way_elsewhere_holds_up_the_layers_behind_it_but_not_the_first_token():
     outbox, landing = Outbox(), Future()
+    outbox.put_threadsafe([ACCEPTED])
     outbox.put_threadsafe(elsewhere(landing, layer(0, offset=1)))
     outbox.put_threadsafe(layer(1, 1))
     await asyncio.sleep(0)
     reader = outbox.read()
+    assert await anext(reader) == ACCEPTED
     first = asyncio.create_task(anext(reader))
     await asyncio.sleep(0)
     assert not first.done()
