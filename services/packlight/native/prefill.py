@@ -31,7 +31,7 @@ class PrefillArgs(ctypes.Structure):
     """One layer of a batch. Addresses, then strides in elements, counts (`sliding_window` 0: none), scalars."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "k_pool", "v_pool", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "k_pool", "v_pool", "scratch")),
         ("chunks", ctypes.POINTER(ChunkArgs)),
         *((name, ctypes.c_int64) for name in _int64s),
         ("scale", ctypes.c_float),
@@ -49,7 +49,8 @@ def scratch_bytes(library: Library, num_heads: int, num_kv_heads: int, head_dim:
 
 
 def prefill_attention(library: Library, args: PrefillArgs) -> None:
-    """Store the batch's k and v in the pool's blocks, then write the attention of its q to `args.out`.
+    """Store the batch's k and v in the pool's blocks, then write the attention of its q to `args.out`, and each row's
+    log-sum-exp to `args.lse`.
 
     A token's output is the same to the last bit however its prompt was cut into chunks, batched or spread over
     threads: a prompt that starts from cached pages computes exactly what it would have computed without them."""

@@ -23,20 +23,24 @@ class WindowArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _int64s),
         ("scale", ctypes.c_float),
         ("is_bf16", ctypes.c_int32),
+        ("lse_is_known", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
     )
 
 
-def scratch_bytes(library: Library, num_rows: int, num_keys: int, head_dim: int, num_threads: int) -> int:
+def scratch_bytes(
+    library: Library, num_rows: int, num_keys: int, head_dim: int, lse_is_known: bool, num_threads: int
+) -> int:
     """What `WindowArgs.scratch` must have room for. `num_rows`: of all query heads that share a KV head."""
     function = library.functions.packlight_window_scratch_bytes
-    function.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)
+    function.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32)
     function.restype = ctypes.c_size_t
-    return int(function(num_rows, num_keys, head_dim, num_threads))
+    return int(function(num_rows, num_keys, head_dim, lse_is_known, num_threads))
 
 
 def window_attention(library: Library, args: WindowArgs) -> None:
-    """Write `args.mass` and `args.lse`, accumulated in fp32. The same to the last bit on any number of threads."""
+    """Write `args.mass` and, unless it is known, `args.lse`, accumulated in fp32. The same to the last bit on any
+    number of threads."""
     function = library.functions.packlight_window_attention
     function.argtypes = (ctypes.POINTER(WindowArgs),)
     function.restype = None

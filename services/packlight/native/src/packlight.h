@@ -118,7 +118,8 @@ struct PacklightPrefillChunk {
 // with strides in elements, those of the pool [block, layer, KV head, page_size, head_dim] without gaps.
 struct PacklightPrefill {
   const void *q, *k, *v;
-  void* out;  // [num_tokens, num_heads, head_dim], no gaps
+  void* out;   // [num_tokens, num_heads, head_dim], no gaps
+  float* lse;  // [num_tokens, num_heads]: natural log of the sum of exp(scale * q.k) over all that a token sees
   void *k_pool, *v_pool;
   void* scratch;  // packlight_prefill_scratch_bytes(...), aligned to 64 bytes
   const struct PacklightPrefillChunk* chunks;
@@ -143,14 +144,31 @@ struct PacklightWindow {
   const void *q, *k_pool;
   const int64_t* blocks;
   float* mass;     // [num_kv_heads, num_keys]: attention weights, summed over the rows and heads that share the key
-  float* lse;      // [num_heads, num_rows]: natural log of the sum of exp(scale * q.k)
+  float* lse;      // [num_heads, num_rows]: natural log of the sum of exp(scale * q.k); read if it is known
   float* scratch;  // packlight_window_scratch_bytes(...), anything in it
   int64_t q_token_stride, q_head_stride;
   int64_t num_rows, num_keys, num_layers, layer, num_heads, num_kv_heads, head_dim, page_size;
   float scale;
-  int32_t is_bf16, num_threads;
+  int32_t is_bf16, lse_is_known, num_threads;
 };
 
 PACKLIGHT_EXPORT size_t packlight_window_scratch_bytes(int64_t num_rows, int64_t num_keys, int64_t head_dim,
-                                                       int32_t num_threads);
+                                                       int32_t lse_is_known, int32_t num_threads);
 PACKLIGHT_EXPORT void packlight_window_attention(const PacklightWindow* args);
+
+// --- pack.cpp -------------------------------------------------------------------------------------------------------
+
+// Some tokens of one prompt in one layer. Pools are as above, a row of `row_bytes` for each token; `pages` is
+// [pages of all heads, 2, page_size] rows: of each page K, then V, the pages of head 0 first, zeros behind a head's last
+// token. `indices[head]` has `num_tokens[head]` ascending numbers of tokens, no two the same.
+struct PacklightPack {
+  const void *k_pool, *v_pool;
+  const int64_t* blocks;
+  const int64_t* const* indices;
+  const int64_t* num_tokens;
+  void* pages;
+  int64_t num_layers, layer, num_kv_heads, page_size, row_bytes;
+  int32_t num_threads;
+};
+
+PACKLIGHT_EXPORT void packlight_pack(const PacklightPack* args);

@@ -56,6 +56,7 @@ Queries<Stored> queries_of(const Args& args, const Chunk& chunk, int64_t kv_head
   Queries<Stored> queries{};
   queries.q = static_cast<const Stored*>(args.q) + token * args.q_token_stride + head * args.q_head_stride;
   queries.out = static_cast<Stored*>(args.out) + (token * args.num_heads + head) * args.head_dim;
+  queries.lse = args.lse + token * args.num_heads + head, queries.lse_token_stride = args.num_heads;
   queries.q_token_stride = args.q_token_stride, queries.q_head_stride = args.q_head_stride;
   queries.out_token_stride = args.num_heads * args.head_dim;
   queries.first_position = chunk.num_context + first, queries.window = args.sliding_window;
@@ -68,7 +69,7 @@ template <class Stored>
 Pages<Stored> pages_of(const Args& args, const Chunk& chunk, int64_t kv_head) {
   const int64_t head_page = args.page_size * args.head_dim, first = (args.layer * args.num_kv_heads + kv_head) * head_page;
   return {static_cast<const Stored*>(args.k_pool) + first, static_cast<const Stored*>(args.v_pool) + first,
-          chunk.blocks, args.num_layers * args.num_kv_heads * head_page, args.page_size};
+          chunk.blocks, args.num_layers * args.num_kv_heads * head_page, args.page_size, int(args.head_dim)};
 }
 
 // How many blocks a chunk's queries are divided into: few, because each reads all keys, yet enough for all threads.

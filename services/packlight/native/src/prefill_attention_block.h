@@ -11,24 +11,26 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
-#include "prefill_attention_layout.h"
+#include "prefill_attention_keys.h"
 #include "prefill_attention_softmax.h"
 #include "prefill_attention_tiles.h"
 
 namespace packlight::prefill {
 
-constexpr int kKeyBlock = 256;
 constexpr int kGroupRows = kGroupStrips * kStripRows;
+constexpr ptrdiff_t kStripScores = kStripRows * kKeyBlock;
+constexpr int kWeighed = kGroupRows / kLanes * kKeyBlock / kBetween;  // stretches in which a group weighs a block
 constexpr int kBlockRows = 1024;  // rows that share the work of reading keys and arranging values
-constexpr int kPrefetchTokens = 64;
 
 // Some next queries of one prompt that share a KV head. `Stored` is what memory holds: fp32 or bf16.
 template <class Stored>
 struct Queries {
   const Stored* q;  // of the first query and query head
   Stored* out;
-  ptrdiff_t q_token_stride, q_head_stride, out_token_stride;
+  float* lse;
+  ptrdiff_t q_token_stride, q_head_stride, out_token_stride, lse_token_stride;
   int64_t first_position, window;
   int num_queries, group, head_dim;
   float scale;
@@ -37,28 +39,7 @@ struct Queries {
 
   const Stored* q_row(int row) const { return q + row / group * q_token_stride + row % group * q_head_stride; }
   Stored* out_row(int row) const { return out + row / group * out_token_stride + row % group * ptrdiff_t(head_dim); }
-};
-
-// The pages of one KV head of one layer: `block_stride` elements from one block's to the next.
-template <class Stored>
-struct Pages {
-  const Stored *k, *v;
-  const int64_t* blocks;
-  ptrdiff_t block_stride;
-  int64_t page_size;
-
-  ptrdiff_t place(int64_t token, int head_dim) const {
-    return blocks[token / page_size] * block_stride + token % page_size * head_dim;
-  }
-
-  // Pages lie anywhere, so the processor does not find the next one by itself.
-  void prefetch(int64_t token, int head_dim) const {
-    const ptrdiff_t at = place(token, head_dim);
-    for (int i = 0; i < head_dim; i += 64 / int(sizeof(Stored))) {
-      __builtin_prefetch(k + at + i);
-      __builtin_prefetch(v + at + i);
-    }
-  }
+  float& lse_of(int row) const { return lse[row / group * lse_token_stride + row % group]; }
 };
 
 // One thread's memory, for any block of queries of a shape.
@@ -66,7 +47,7 @@ template <class Math>
 struct Workspace {
   using Element = typename Math::Element;
   int padded_dim;
-  Element *q, *k, *v, *rows, *weights;
+  Element *q, *k, *v, *rows;
   float *scores, *out, *highest, *sum;
   int32_t* position;
 
@@ -82,7 +63,6 @@ struct Workspace {
     take(v, kKeyBlock * dim);
     take(rows, kAlign * dim);
     take(scores, kGroupRows * kKeyBlock);
-    take(weights, kGroupRows * kKeyBlock);
     take(out, num_rows * dim);
     take(highest, num_rows);
     take(sum, num_rows);
@@ -106,15 +86,20 @@ class QueryBlock {
 
  public:
   QueryBlock(const Queries<Stored>& queries, const Pages<Stored>& pages, const Workspace<Math>& space, bool tiles)
-      : queries_(queries), pages_(pages), space_(space), tiles_(tiles),
+      : queries_(queries), pages_(pages), space_(space),
+        keys_(pages_, space.padded_dim, space.k, space.v, space.rows), tiles_(tiles),
         num_groups_((queries.num_rows() + kGroupRows - 1) / kGroupRows) {}
 
   void attend() {
-    begin();
     const int64_t end = queries_.first_position + queries_.num_queries;
-    for (int64_t token = first_seen(queries_.first_position) / kKeyBlock * kKeyBlock; token < end; token += kKeyBlock) {
-      load_keys_and_values(token, int(std::min<int64_t>(kKeyBlock, end - token)));
-      for (int group = 0; group < num_groups_; ++group) attend_group(group, token);
+    const int64_t begin = first_seen(queries_.first_position) / kKeyBlock * kKeyBlock;
+    Ahead<Stored>(pages_, begin, std::min(begin + kKeyBlock, end), 1)();
+    prepare();
+    for (int64_t token = begin, next; token < end; token = next) {
+      next = std::min(token + kKeyBlock, end);
+      keys_.load(token, int(next - token));
+      Ahead<Stored> ahead(pages_, next, std::min(next + kKeyBlock, end), num_groups_ * kWeighed);
+      for (int group = 0; group < num_groups_; ++group) attend_group(group, token, ahead);
     }
     finish();
   }
@@ -129,7 +114,7 @@ class QueryBlock {
 
   int64_t position_of(int lane) const { return queries_.first_position + row_at(lane) / queries_.group; }
 
-  void begin() {
+  void prepare() {
     const int num_lanes = num_groups_ * kGroupRows;
     for (int lane = 0; lane < num_lanes; ++lane) {
       space_.highest[lane] = kLowest, space_.sum[lane] = 0.0f;
@@ -151,21 +136,7 @@ class QueryBlock {
     }
   }
 
-  // Tokens behind the last one count as zeros: whatever lies there in the pool must not matter.
-  void load_keys_and_values(int64_t token, int num) {
-    const int dim = space_.padded_dim;
-    const int64_t last = queries_.first_position + queries_.num_queries - 1;
-    for (int i = 0; i < round_up(num, kAlign); ++i) {
-      const int width = i < num ? queries_.head_dim : 0;
-      const ptrdiff_t place = pages_.place(std::min(token + i, last), queries_.head_dim);
-      pages_.prefetch(std::min(token + i + kPrefetchTokens, last), queries_.head_dim);
-      pad_row(space_.k + ptrdiff_t(i) * dim, pages_.k + place, width, dim);
-      pad_row(space_.rows + i % kAlign * dim, pages_.v + place, width, dim);
-      if (i % kAlign == kAlign - 1) arrange_values(space_.v + ptrdiff_t(i + 1 - kAlign) * dim, space_.rows, dim);
-    }
-  }
-
-  void attend_group(int group, int64_t token) {
+  void attend_group(int group, int64_t token, Ahead<Stored>& ahead) {
     const int lane = group * kGroupRows, dim = space_.padded_dim;
     const int64_t oldest = space_.position[lane], newest = space_.position[lane + kGroupRows - 1];
     const int64_t from = std::max<int64_t>(0, first_seen(oldest) - token) / kAlign * kAlign;
@@ -173,21 +144,26 @@ class QueryBlock {
     if (from >= to) return;
     const int first = int(from), last = int(to);
     multiply({space_.k + from * dim, dim, Math::kStep}, last - first, dim, space_.q + ptrdiff_t(lane) * dim,
-             kStripRows * dim, false, space_.scores + first * kStripRows, kStripRows * kKeyBlock);
-    for (int strip = 0; strip < kGroupStrips; ++strip) weigh_strip(lane, strip, first, last, token);
+             kStripRows * dim, false, space_.scores + first * kStripRows, kStripScores);
+    for (int strip = 0; strip < kGroupStrips; ++strip) weigh_strip(lane, strip, first, last, token, ahead);
     Left<Element> values = left_values(space_.v, dim);
     values.at += first / Math::kStep * values.step_stride;
-    multiply(values, dim, last - first, space_.weights + first * kStripRows, kStripRows * kKeyBlock, true,
+    multiply(values, dim, last - first, weights_of(0) + first * kStripRows, kStripWeights, true,
              space_.out + ptrdiff_t(lane) * dim, kStripRows * dim);
   }
 
-  void weigh_strip(int group_lane, int strip, int first, int last, int64_t token) {
+  // A strip's weights take the place of its scores: what is smaller stays in a nearer cache.
+  static constexpr ptrdiff_t kStripWeights = kStripScores * (sizeof(float) / sizeof(Element));
+  Element* weights_of(int strip) const { return reinterpret_cast<Element*>(space_.scores) + strip * kStripWeights; }
+
+  void weigh_strip(int group_lane, int strip, int first, int last, int64_t token, Ahead<Stored>& ahead) {
     const float factor = queries_.scale * 1.44269504088896f;  // powers of two are cheaper than those of e
     for (int lane = strip * kStripRows; lane < (strip + 1) * kStripRows; lane += kLanes) {
-      const int at = group_lane + lane, offset = strip * kStripRows * kKeyBlock + lane % kStripRows;
-      const Softmax rows{space_.scores + offset, space_.position + at, space_.highest + at, space_.sum + at};
+      const int at = group_lane + lane, part = lane % kStripRows;
+      const Softmax rows{space_.scores + strip * kStripScores + part, space_.position + at, space_.highest + at,
+                         space_.sum + at};
       hide_unseen(rows, first, last, token);
-      const Lanes scale = weigh<Math>(rows, first, last, factor, space_.weights + offset);
+      const Lanes scale = weigh<Math>(rows, first, last, factor, weights_of(strip) + part, ahead);
       rescale(at, scale);
     }
   }
@@ -228,7 +204,10 @@ class QueryBlock {
   void finish_strip(int lane) {
     const int num_lanes = std::min(kStripRows, queries_.num_rows() - lane), dim = space_.padded_dim;
     Stored* to[kStripRows];
-    for (int i = 0; i < num_lanes; ++i) to[i] = queries_.out_row(lane + i);
+    for (int i = 0; i < num_lanes; ++i) {
+      to[i] = queries_.out_row(lane + i);
+      queries_.lse_of(lane + i) = space_.highest[lane + i] * queries_.scale + std::log(space_.sum[lane + i]);
+    }
     alignas(64) float lines[kStripRows][kStripRows];
     for (int at = 0; at < queries_.head_dim; at += kStripRows) {
       transpose_words(space_.out + ptrdiff_t(lane) * dim + at * kStripRows, kStripRows, lines, kStripRows);
@@ -247,6 +226,7 @@ class QueryBlock {
   const Queries<Stored> queries_;
   const Pages<Stored> pages_;
   const Workspace<Math> space_;
+  KeyBlock<Stored, Element> keys_;
   const bool tiles_;
   const int num_groups_;
 };

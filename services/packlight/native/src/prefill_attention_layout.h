@@ -86,30 +86,57 @@ inline void pad_row(To* to, const From* from, int num, int padded) {
   if (num < padded) std::memset(static_cast<void*>(to + num), 0, (padded - num) * sizeof(To));
 }
 
+constexpr int kRun = kAlign / 2;
+
 // ── values ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 // Values are the left operand of the second product, with rows over head_dim and k over tokens. In fp32 they can stay
 // as they lie, [token][dim]; tiles and pairs want [32 tokens][dim][token of these].
 inline Left<float> left_values(const float* values, int padded_dim) { return {values, 1, padded_dim}; }
 
-inline void arrange_values(float* to, const float* rows, int padded_dim) {
-  std::memcpy(to, rows, size_t{kAlign} * padded_dim * sizeof *to);
+// 32 tokens, as two runs of rows: pages may hold no more together.
+inline void arrange_values(float* to, const float* earlier, const float* later, int padded_dim) {
+  copy_row(to, earlier, kRun * padded_dim);
+  copy_row(to + kRun * padded_dim, later, kRun * padded_dim);
 }
 
 #if PACKLIGHT_LEVEL >= 3
 inline Left<Bf16> left_values(const Bf16* values, int padded_dim) { return {values, kAlign, kAlign * padded_dim}; }
 
-// Each pair of tokens becomes a row of words, and 16 of these rows are turned over.
-inline void arrange_values(Bf16* to, const Bf16* rows, int padded_dim) {
-  alignas(64) uint32_t pairs[kAlign / 2][kStripRows];
-  for (int dim = 0; dim < padded_dim; dim += kStripRows) {
-    for (int pair = 0; pair < kAlign / 2; ++pair) {
-      const Bf16* even = rows + 2 * pair * padded_dim + dim;
-      const __m512i low = _mm512_cvtepu16_epi32(load<__m256i>(even));
-      const __m512i high = _mm512_cvtepu16_epi32(load<__m256i>(even + padded_dim));
-      store(pairs[pair], _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+// In each quarter of eight vectors, words[i] is 8 dims of a token. They become 8 tokens of a dim.
+inline void turn_over(__m512i (&words)[8]) {
+  __m512i pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi16(words[i], words[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi16(words[i], words[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int half = 0; half < 2; ++half) {
+      fours[i + 2 * half] = _mm512_unpacklo_epi32(pairs[i + half], pairs[i + 2 + half]);
+      fours[i + 2 * half + 1] = _mm512_unpackhi_epi32(pairs[i + half], pairs[i + 2 + half]);
     }
-    transpose_words(pairs, kStripRows, to + dim * kAlign, kAlign / 2);
+  }
+  for (int i = 0; i < 4; ++i) {
+    words[2 * i] = _mm512_unpacklo_epi64(fours[i], fours[i + 4]);
+    words[2 * i + 1] = _mm512_unpackhi_epi64(fours[i], fours[i + 4]);
+  }
+}
+
+// 8 dims at a time. What a load puts into its quarter need not be shuffled there.
+inline void arrange_values(Bf16* to, const Bf16* earlier, const Bf16* later, int padded_dim) {
+  constexpr int kDims = 8;
+  for (int dim = 0; dim < padded_dim; dim += kDims) {
+    __m512i words[kDims];
+    for (int i = 0; i < kDims; ++i) {
+      const Bf16 *first = earlier + i * padded_dim + dim, *third = later + i * padded_dim + dim;
+      const ptrdiff_t next = kDims * padded_dim;
+      words[i] = _mm512_castsi128_si512(load<__m128i>(first));
+      words[i] = _mm512_inserti32x4(words[i], load<__m128i>(first + next), 1);
+      words[i] = _mm512_inserti32x4(words[i], load<__m128i>(third), 2);
+      words[i] = _mm512_inserti32x4(words[i], load<__m128i>(third + next), 3);
+    }
+    turn_over(words);
+    for (int i = 0; i < kDims; ++i) store(to + (dim + i) * kAlign, words[i]);
   }
 }
 #endif

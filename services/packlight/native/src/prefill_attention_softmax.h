@@ -13,6 +13,8 @@ namespace packlight::prefill {
 // weights of hidden tokens to be exactly 0 even where a row has seen nothing else. Finite: no infinity minus infinity.
 constexpr float kHidden = -1e30f, kLowest = -1e20f;
 
+constexpr int kBetween = 8;  // tokens that are weighed at a stretch, before something else gets its turn
+
 // Up to `kLanes` rows of a strip: pointers into arrays whose rows are strips.
 struct Softmax {
   float* scores;           // [tokens][strip]
@@ -82,9 +84,11 @@ inline Lanes highest_score(const Softmax& rows, int first, int last) {
 }
 
 // Turns scores into weights, 2^(factor * (score - highest)), and brings the running state up to date. Returns by what
-// the rows' older sums, and their outputs, are to be multiplied.
-template <class Math>
-inline Lanes weigh(const Softmax& rows, int first, int last, float factor, typename Math::Element* weights) {
+// the rows' older sums, and their outputs, are to be multiplied. `weights` may lie where the scores do. `meanwhile` is
+// called every kBetween tokens: this is all arithmetic, and leaves the ways to memory idle.
+template <class Math, class Meanwhile>
+inline Lanes weigh(const Softmax& rows, int first, int last, float factor, typename Math::Element* weights,
+                   Meanwhile& meanwhile) {
   using Element = typename Math::Element;
   const Lanes highest = highest_score(rows, first, last), shift = highest * factor;
   // Not by `shift`, which is rounded: where the highest score stays, nothing may be rescaled.
@@ -97,6 +101,7 @@ inline Lanes weigh(const Softmax& rows, int first, int last, float factor, typen
     even_sum += even;
     odd_sum += odd;
     store_weights(weights + token * kStripRows, even, odd);
+    if (token % kBetween == 0) meanwhile();
   }
   store(rows.highest, highest);
   store(rows.sum, load(rows.sum) * scale + (even_sum + odd_sum));

@@ -2,7 +2,8 @@
 //
 // One KV head after another, a stretch of keys at a time and in parallel: scores as a product summed in fp32, weighed
 // against the stretch's own maximum (the online softmax, arXiv 1805.02867) and kept. When all are there each row's
-// log-sum-exp is known, and a second look corrects the weights and adds them up.
+// log-sum-exp is known, and a second look corrects the weights and adds them up. Where the log-sum-exp is known from the
+// start, weights are what they should be at once: they are added up as they are made, and not kept.
 
 #include <algorithm>
 #include <cmath>
@@ -37,12 +38,24 @@ struct Head {
   float* seen = nullptr;     // [num_vectors][kLanes]: the last key that a row sees
   float* peaks = nullptr;    // [num_stretches][num_vectors][kLanes]; in the end the factors that correct its weights
   float* sums = nullptr;     // likewise
-  float* weights = nullptr;  // [num_keys][num_vectors][kLanes]
+  float* known = nullptr;    // instead of both, [num_vectors][kLanes]: log-sum-exp in base 2, infinite without a row
+  float* weights = nullptr;  // [num_keys][num_vectors][kLanes]; by thread [kStretch] of them if the log-sum-exp is known
   float* keys = nullptr;     // by thread [kStretch][head_dim]
 
   int64_t row_floats() const { return num_vectors * kLanes; }
   float* keys_of_thread() const { return keys + omp_get_thread_num() * kStretch * args.head_dim; }
 };
+
+// Keys `first` to `end`, and where their products become weights.
+struct Stretch {
+  int64_t first, end;
+  float* weights;  // [end - first][num_vectors][kLanes], and room for whole tiles
+};
+
+Stretch stretch_at(const Head& at, int64_t index) {
+  const int64_t first = index * kStretch, place = at.args.lse_is_known ? omp_get_thread_num() * kStretch : first;
+  return {first, std::min(first + kStretch, at.args.num_keys), at.weights + place * at.row_floats()};
+}
 
 int64_t count_vectors(int64_t num_rows) { return (num_rows + kLanes - 1) / kLanes; }
 int64_t count_stretches(int64_t num_keys) { return (num_keys + kStretch - 1) / kStretch; }
@@ -50,10 +63,10 @@ int64_t count_stretches(int64_t num_keys) { return (num_keys + kStretch - 1) / k
 // Tiles are written whole.
 int64_t whole_tiles(int64_t num_keys) { return (num_keys + 15) / 16 * 16; }
 
-int64_t count_floats(int64_t num_rows, int64_t num_keys, int64_t head_dim, int num_threads) {
+int64_t count_floats(int64_t num_rows, int64_t num_keys, int64_t head_dim, bool lse_is_known, int num_threads) {
   const int64_t row_floats = count_vectors(num_rows) * kLanes;
-  const int64_t per_row = head_dim + 1 + 2 * count_stretches(num_keys) + whole_tiles(num_keys);
-  return row_floats * per_row + num_threads * kStretch * head_dim;
+  const int64_t kept = lse_is_known ? 1 + num_threads * kStretch : 2 * count_stretches(num_keys) + whole_tiles(num_keys);
+  return row_floats * (head_dim + 1 + kept) + num_threads * kStretch * head_dim;
 }
 
 // Where element `d` of a row's query is kept.
@@ -88,11 +101,11 @@ const T* key_at(const Head& at, int64_t key) {
   return static_cast<const T*>(args.k_pool) + (page * args.page_size + key % args.page_size) * args.head_dim;
 }
 
-// ── products: q.k of the keys from `first` to `end` ─────────────────────────────────────────────────────────────────
+// ── products: q.k of the keys of a stretch ──────────────────────────────────────────────────────────────────────────
 
-// Of `num_keys` keys and `vectors` vectors of rows.
+// Of `num_keys` keys and `vectors` vectors of rows, to the key's `weights`.
 template <int num_keys, int vectors>
-void multiply(const Head& at, const float* keys, int64_t key, int64_t vector) {
+void multiply(const Head& at, const float* keys, float* weights, int64_t vector) {
   const int64_t head_dim = at.args.head_dim;
   const float* queries = at.queries + vector * head_dim * kLanes;
   Lanes sums[num_keys][vectors] = {};
@@ -104,42 +117,45 @@ void multiply(const Head& at, const float* keys, int64_t key, int64_t vector) {
     }
   }
   for (int i = 0; i < num_keys; ++i) {
-    float* to = at.weights + (key + i) * at.row_floats() + vector * kLanes;
+    float* to = weights + i * at.row_floats() + vector * kLanes;
     for (int j = 0; j < vectors; ++j) store(to + j * kLanes, sums[i][j]);
   }
 }
 
 // The next `vectors` vectors of rows, or as many as are left.
 template <int vectors>
-void multiply_keys(const Head& at, int64_t first, int64_t end, int64_t vector) {
+void multiply_keys(const Head& at, const Stretch& stretch, int64_t vector) {
   if constexpr (vectors > 0) {
-    if (at.num_vectors - vector < vectors) return multiply_keys<vectors - 1>(at, first, end, vector);
-    const int64_t head_dim = at.args.head_dim;
+    if (at.num_vectors - vector < vectors) return multiply_keys<vectors - 1>(at, stretch, vector);
+    const int64_t head_dim = at.args.head_dim, size = at.row_floats(), num_keys = stretch.end - stretch.first;
     const float* keys = at.keys_of_thread();
-    int64_t key = first;
-    for (; key + kKeys <= end; key += kKeys, keys += kKeys * head_dim) multiply<kKeys, vectors>(at, keys, key, vector);
-    for (; key < end; ++key, keys += head_dim) multiply<1, vectors>(at, keys, key, vector);
+    int64_t i = 0;
+    for (; i + kKeys <= num_keys; i += kKeys) {
+      multiply<kKeys, vectors>(at, keys + i * head_dim, stretch.weights + i * size, vector);
+    }
+    for (; i < num_keys; ++i) multiply<1, vectors>(at, keys + i * head_dim, stretch.weights + i * size, vector);
   }
 }
 
 template <class T>
-void multiply_lanes(const Head& at, int64_t first, int64_t end) {
+void multiply_lanes(const Head& at, const Stretch& stretch) {
   float* keys = at.keys_of_thread();
-  for (int64_t key = first; key < end; ++key) {
+  for (int64_t key = stretch.first; key < stretch.end; ++key) {
     const T* from = key_at<T>(at, key);
     for (int64_t d = 0; d < at.args.head_dim; ++d) *keys++ = to_float(from[d]);
   }
-  for (int64_t vector = 0; vector < at.num_vectors; vector += kVectors) multiply_keys<kVectors>(at, first, end, vector);
+  for (int64_t vector = 0; vector < at.num_vectors; vector += kVectors) multiply_keys<kVectors>(at, stretch, vector);
 }
 
 #if PACKLIGHT_LEVEL >= 4
 
 // A tile of keys as they lie, against all rows. What a page holds behind the last key is multiplied, and not looked at.
-void multiply_tiles(const Head& at, int64_t first, int64_t end) {
+void multiply_tiles(const Head& at, const Stretch& stretch) {
   const int64_t head_dim = at.args.head_dim, line_bytes = head_dim * int64_t{sizeof(Bf16)};
   const auto* queries = reinterpret_cast<const Bf16*>(at.queries);
-  for (int64_t key = first; key < end; key += kTileRows) {
+  for (int64_t key = stretch.first; key < stretch.end; key += kTileRows) {
     const Bf16* keys = key_at<Bf16>(at, key);
+    float* weights = stretch.weights + (key - stretch.first) * at.row_floats();
     settle_memory();
     for (int64_t vector = 0; vector < at.num_vectors; ++vector) {
       _tile_zero(0);
@@ -148,7 +164,7 @@ void multiply_tiles(const Head& at, int64_t first, int64_t end) {
         _tile_loadd(2, queries + (vector * head_dim + d) * kLanes, kTileBytes);
         _tile_dpbf16ps(0, 1, 2);
       }
-      _tile_stored(0, at.weights + key * at.row_floats() + vector * kLanes, at.row_floats() * int64_t{sizeof(float)});
+      _tile_stored(0, weights + vector * kLanes, at.row_floats() * int64_t{sizeof(float)});
     }
     settle_memory();
   }
@@ -160,49 +176,59 @@ bool can_tile(const PacklightWindow& args) {
 
 #else
 
-void multiply_tiles(const Head&, int64_t, int64_t) {}
+void multiply_tiles(const Head&, const Stretch&) {}
 bool can_tile(const PacklightWindow&) { return false; }
 
 #endif
+
+template <class T>
+void multiply_stretch(const Head& at, const Stretch& stretch) {
+  at.by_tiles ? multiply_tiles(at, stretch) : multiply_lanes<T>(at, stretch);
+}
 
 // ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 // Scores in base 2 of one vector of rows, out of its products; -inf where a row may not look.
 struct Scores {
-  const float* products;
-  int64_t row_floats, all_seen;  // every row sees the keys up to `all_seen`
+  const float* products;  // of the first key
+  int64_t first, row_floats, all_seen;  // every row sees the keys up to `all_seen`
   Lanes seen;
   float scale;
 
   Lanes operator()(int64_t key) const {
-    const Lanes score = load(products + key * row_floats) * scale;
+    const Lanes score = load(products + (key - first) * row_floats) * scale;
     if (key <= all_seen) return score;
     return seen < all_lanes(float(key)) ? all_lanes(-INFINITY) : score;
   }
 };
 
+Scores scores_of(const Head& at, const Stretch& stretch, int64_t vector) {
+  return {stretch.weights + vector * kLanes,       stretch.first,
+          at.row_floats(),                         at.args.num_keys - at.args.num_rows,
+          load(at.seen + vector * kLanes),         at.args.scale * kLog2E};
+}
+
 // Products of a stretch and one vector of rows to weights; their maxima and sums.
-void weigh(const Head& at, int64_t stretch, int64_t first, int64_t end, int64_t vector) {
-  float* column = at.weights + vector * kLanes;
-  const Scores scores{column, at.row_floats(), at.args.num_keys - at.args.num_rows, load(at.seen + vector * kLanes),
-                      at.args.scale * kLog2E};
+void weigh(const Head& at, int64_t index, const Stretch& stretch, int64_t vector) {
+  const Scores scores = scores_of(at, stretch, vector);
+  float* column = stretch.weights + vector * kLanes;
   Lanes peak = all_lanes(kLeast), total = {};
-  for (int64_t key = first; key < end; ++key) peak = larger(scores(key), peak);
-  for (int64_t key = first; key < end; ++key) {
+  for (int64_t key = stretch.first; key < stretch.end; ++key) peak = larger(scores(key), peak);
+  for (int64_t key = stretch.first; key < stretch.end; ++key, column += at.row_floats()) {
     const Lanes weight = exp2(scores(key) - peak);
-    store(column + key * at.row_floats(), weight);
+    store(column, weight);
     total += weight;
   }
-  const int64_t place = stretch * at.row_floats() + vector * kLanes;
+  const int64_t place = index * at.row_floats() + vector * kLanes;
   store(at.peaks + place, peak);
   store(at.sums + place, total);
 }
 
 template <class T>
-void weigh_stretch(const Head& at, int64_t stretch) {
-  const int64_t first = stretch * kStretch, end = std::min(first + kStretch, at.args.num_keys);
-  at.by_tiles ? multiply_tiles(at, first, end) : multiply_lanes<T>(at, first, end);
-  for (int64_t vector = 0; vector < at.num_vectors; ++vector) weigh(at, stretch, first, end, vector);
+void weigh_stretch(const Head& at, int64_t index) {
+  const Stretch stretch = stretch_at(at, index);
+  multiply_stretch<T>(at, stretch);
+  for (int64_t vector = 0; vector < at.num_vectors; ++vector) weigh(at, index, stretch, vector);
 }
 
 // Each row's log-sum-exp. Its maxima in `peaks` become the factors its weights are off by, 0 where there is no row.
@@ -239,6 +265,30 @@ void add_up(const Head& at, int64_t stretch) {
   }
 }
 
+// ── the same, where the log-sum-exp is known ────────────────────────────────────────────────────────────────────────
+
+void take_lse(const Head& at) {
+  const float* lse = at.args.lse + at.head * at.num_rows;
+  for (int64_t row = 0; row < at.row_floats(); ++row) at.known[row] = row < at.num_rows ? lse[row] * kLog2E : INFINITY;
+}
+
+// Products to final weights, a vector of rows at a time, and their sums by key.
+template <class T>
+void sum_stretch(const Head& at, int64_t index) {
+  const Stretch stretch = stretch_at(at, index);
+  multiply_stretch<T>(at, stretch);
+  Lanes totals[kStretch] = {};
+  for (int64_t vector = 0; vector < at.num_vectors; ++vector) {
+    const Scores scores = scores_of(at, stretch, vector);
+    const Lanes known = load(at.known + vector * kLanes);
+    for (int64_t key = stretch.first; key < stretch.end; ++key) totals[key - stretch.first] += exp2(scores(key) - known);
+  }
+  float* mass = at.args.mass + at.head * at.args.num_keys;
+  for (int64_t key = stretch.first; key < stretch.end; ++key) mass[key] = sum(totals[key - stretch.first]);
+}
+
+// ── heads ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
 Head head_of(const PacklightWindow& args) {
   Head at{args};
   at.num_rows = args.num_heads / args.num_kv_heads * args.num_rows;
@@ -249,9 +299,28 @@ Head head_of(const PacklightWindow& args) {
   at.seen = at.queries + at.row_floats() * args.head_dim;
   at.peaks = at.seen + at.row_floats();
   at.sums = at.peaks + at.row_floats() * at.num_stretches;
-  at.weights = at.sums + at.row_floats() * at.num_stretches;
-  at.keys = at.weights + at.row_floats() * whole_tiles(args.num_keys);
+  at.known = at.peaks;
+  at.weights = args.lse_is_known ? at.known + at.row_floats() : at.sums + at.row_floats() * at.num_stretches;
+  const int64_t num_kept = args.lse_is_known ? args.num_threads * int64_t{kStretch} : whole_tiles(args.num_keys);
+  at.keys = at.weights + at.row_floats() * num_kept;
   return at;
+}
+
+// To be called by all threads of a team.
+template <class T>
+void attend_head(const Head& at) {
+#pragma omp for schedule(dynamic)
+  for (int64_t index = 0; index < at.num_stretches; ++index) weigh_stretch<T>(at, index);
+#pragma omp single
+  correct(at);
+#pragma omp for schedule(static)
+  for (int64_t index = 0; index < at.num_stretches; ++index) add_up(at, index);
+}
+
+template <class T>
+void attend_known_head(const Head& at) {
+#pragma omp for schedule(dynamic)
+  for (int64_t index = 0; index < at.num_stretches; ++index) sum_stretch<T>(at, index);
 }
 
 template <class T>
@@ -259,15 +328,11 @@ void attend(const PacklightWindow& args) {
   Head at = head_of(args);
   for (at.head = 0; at.head < args.num_kv_heads; ++at.head) {
     at.by_tiles ? take_queries<Bf16, T>(at) : take_queries<float, T>(at);
+    if (args.lse_is_known) take_lse(at);
 #pragma omp parallel num_threads(args.num_threads)
     {
       const Tiles tiles(at.by_tiles);
-#pragma omp for schedule(dynamic)
-      for (int64_t stretch = 0; stretch < at.num_stretches; ++stretch) weigh_stretch<T>(at, stretch);
-#pragma omp single
-      correct(at);
-#pragma omp for schedule(static)
-      for (int64_t stretch = 0; stretch < at.num_stretches; ++stretch) add_up(at, stretch);
+      args.lse_is_known ? attend_known_head<T>(at) : attend_head<T>(at);
     }
   }
 }
@@ -275,8 +340,9 @@ void attend(const PacklightWindow& args) {
 }  // namespace
 }  // namespace packlight
 
-size_t packlight_window_scratch_bytes(int64_t num_rows, int64_t num_keys, int64_t head_dim, int32_t num_threads) {
-  return sizeof(float) * size_t(packlight::count_floats(num_rows, num_keys, head_dim, num_threads));
+size_t packlight_window_scratch_bytes(int64_t num_rows, int64_t num_keys, int64_t head_dim, int32_t lse_is_known,
+                                      int32_t num_threads) {
+  return sizeof(float) * size_t(packlight::count_floats(num_rows, num_keys, head_dim, lse_is_known, num_threads));
 }
 
 void packlight_window_attention(const PacklightWindow* args) {
