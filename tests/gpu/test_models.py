@@ -27,10 +27,10 @@ PROMPT = [(7 * index) % 250 + 3 for index in range(90)]
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
 def folder(request, tmp_path_factory):
-    """Heads of 64, because there are kernels for them."""
+    """Heads of 128, because there are kernels for them."""
     torch.manual_seed(0)
     config = TINY_CONFIGS[request.param]()
-    config.head_dim = 64
+    config.head_dim = 128
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     return write_model_folder(tmp_path_factory.mktemp(request.param), model)
 

@@ -11,10 +11,11 @@ import torch
 from packlight.attention.base import AttentionBackend, FixedBackend
 from packlight.attention.flashinfer.backend import FlashInferAttention
 from packlight.attention.registry import AUTO, BACKENDS, FLASHINFER, NATIVE, TORCH
-from packlight.compress.recipes import CODECS
+from packlight.compress.parts import CODECS
 from packlight.core.config import DecodeConfig, KVConfig, ModelConfig, PrefillConfig
 from packlight.core.errors import ConfigError, InvalidRequest
-from packlight.core.types import ModelSpec, Role
+from packlight.core.types import ModelSpec
+from packlight.core.workers import Role
 from packlight.engine.graphs import CudaGraphs, GraphedRunner
 from packlight.engine.runner import DecodeRunner, Runner
 from packlight.kv.coded import CodedPool

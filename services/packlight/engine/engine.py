@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from packlight.core.config import Config, DecodeConfig, PrefillConfig
-from packlight.core.types import Role
+from packlight.core.workers import Role
 from packlight.engine.build import build_model, build_runner
 from packlight.engine.parallel.crew import Crew
 from packlight.engine.parallel.rank import refuse_undivided
@@ -81,4 +81,13 @@ def open_engine(opened: OpenedModel, config: Config, role: Role, *, on_progress:
     if section.tensor_parallel == 1:
         return LocalEngine(build_model(opened, config.model, role, on_progress=on_progress), config)
     refuse_undivided(opened, config, role, section.tensor_parallel)
-    return ParallelEngine(Crew(opened, config, section.tensor_parallel, section.threads, on_progress))
+    return ParallelEngine(
+        Crew(
+            opened,
+            config,
+            section.tensor_parallel,
+            section.threads,
+            on_progress,
+            timeout_s=section.rank_timeout_s,
+        )
+    )

@@ -53,7 +53,8 @@ class CudaGraphs:
 
     def capture(self, step: Callable[[], Tensor]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Threads that transfer or prefill meanwhile are no part of it, and must not break it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out = step()
 
         def replay() -> Tensor:

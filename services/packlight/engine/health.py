@@ -27,7 +27,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from packlight import __version__
 from packlight.core.config import WorkerSection
 from packlight.core.errors import StartupError
-from packlight.core.types import Role
+from packlight.core.workers import Role
 
 STUCK_S = 30.0
 """An event loop that has not gone round for this long, many heartbeats, is stuck."""

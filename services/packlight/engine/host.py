@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
 
-from packlight.core.config import Config, WorkerSection
 from packlight.core.errors import StartupError
-from packlight.core.types import LocalPrefill, ModelSpec, Role, WorkerId, WorkerInfo, WorkerLoad
-from packlight.engine.health import HealthServer
-from packlight.fleet.base import Fleet
+from packlight.core.types import ModelSpec
+from packlight.core.workers import LocalPrefill, Role, WorkerId, WorkerInfo, WorkerLoad
+from packlight.engine.foundation import Foundation
 from packlight.fleet.heart import Heart, advertised_address
 from packlight.wire.channel import start_server
 
@@ -43,6 +42,7 @@ class Identity:
     generation: int
     role: Role
     address: str
+    speaks_tls: bool = False
 
 
 def describe(
@@ -67,6 +67,7 @@ def describe(
         draining=worker.draining,
         load=worker.load(),
         local_prefill=local_prefill,
+        speaks_tls=identity.speaks_tls,
     )
 
 
@@ -100,72 +101,66 @@ class WorkerProcess:
 
     def __init__(
         self,
-        config: Config,
-        section: WorkerSection,
-        role: Role,
+        base: Foundation,
         worker: Worker,
         handler: grpc.GenericRpcHandler,
-        fleet: Fleet,
         *,
-        identity: tuple[WorkerId, int],
-        spec: ModelSpec,
-        http: HealthServer,
-        environ: Mapping[str, str],
         also: Callable[[], Awaitable[None]] | None = None,
         offer: Callable[[], LocalPrefill] | None = None,
     ) -> None:
         """`also` happens with every heartbeat; `offer` is what a decode worker says of its local prefill."""
-        self._config, self._section, self._role, self._worker = config, section, role, worker
-        self._handler, self._fleet, self._identity, self._spec = handler, fleet, identity, spec
-        self._http, self._environ, self._also, self._offer = http, environ, also, offer
+        self._base, self._worker, self._handler, self._also, self._offer = base, worker, handler, also, offer
+        self._section, self._health = base.section, base.http.health
 
     async def serve(
         self, stop: asyncio.Event, on_progress: Callable[[str], None], *beside: Callable[[], Coroutine[Any, Any, None]]
     ) -> None:
-        """Also runs `beside`. Raises StartupError if a port cannot be had."""
+        """Also runs `beside`, and watches the engine. Raises StartupError if a port cannot be had."""
         server, port = await self._listen()
-        heart = self._heart(advertised_address(self._section, port, self._environ))
+        heart = self._heart(advertised_address(self._section, port, self._base.environ))
         try:
-            metrics = f", metrics on {self._http.url}/metrics" if self._http.url else ""
-            on_progress(f"{self._role} worker {self._identity[0]} is ready on {self._section.host}:{port}{metrics}")
-            self._http.health.serving(lambda: self._fleet.available)
+            on_progress(self._ready_message(port))
+            self._health.serving(lambda: self._base.fleet.available)
             ended = asyncio.Event()
-            drain = self._drain_when(stop, ended, heart)
-            await run_until(ended, self._worker.run(), heart.run(), drain, *(part() for part in beside))
+            parts = (self._worker.run, heart.run, self._base.engine.watch, *beside)
+            await run_until(ended, self._drain_when(stop, ended, heart), *(part() for part in parts))
         finally:
             await heart.stop()
             await server.stop(grace=1.0)
-            await self._fleet.close()
 
     async def _listen(self) -> tuple[grpc.aio.Server, int]:
         try:
-            return await start_server([self._handler], self._section.host, self._section.port)
+            return await start_server([self._handler], self._section.host, self._section.port, self._base.tls)
         except StartupError as error:
-            hint = f"Choose another --set {self._role}.port=..., or 0 for a free one"
+            hint = f"Choose another --set {self._base.role}.port=..., or 0 for a free one"
             raise StartupError(f"{error.message}. {hint}") from None
+
+    def _ready_message(self, port: int) -> str:
+        base, tls = self._base, " with TLS" if self._base.tls else ""
+        metrics = f", metrics on {base.http.url}/metrics" if base.http.url else ""
+        return f"{base.role} worker {base.identity[0]} is ready on {self._section.host}:{port}{tls}{metrics}"
 
     async def _drain_when(self, stop: asyncio.Event, ended: asyncio.Event, heart: Heart) -> None:
         await stop.wait()
-        self._http.health.draining()
+        self._health.draining()
         self._worker.drain()
         await heart.beat()
         if not await drained(self._worker, self._section.drain_s):
             log.warning("giving up %d requests after %.0f s", self._worker.num_unfinished, self._section.drain_s)
         # Routers that have not read the board since shall find somebody who refuses: that is quicker than nobody.
-        await asyncio.sleep(self._config.fleet.heartbeat_s)
+        await asyncio.sleep(self._base.config.fleet.heartbeat_s)
         ended.set()
         await asyncio.Event().wait()
 
     def _heart(self, address: str) -> Heart:
-        worker_id, generation = self._identity
-        identity = Identity(worker_id, generation, self._role, address)
-        page_size, revision = self._config.kv.page_size, self._environ.get("POD_REVISION", "")
-        return Heart(
-            self._fleet,
-            lambda: describe(
-                identity, self._worker, self._spec, page_size, revision, self._offer() if self._offer else None
-            ),
-            period_s=self._config.fleet.heartbeat_s,
-            also=self._also,
-            pulse=self._http.health.pulse,
-        )
+        base, config = self._base, self._base.config
+        worker_id, generation = base.identity
+        identity = Identity(worker_id, generation, base.role, address, speaks_tls=base.tls is not None)
+        page_size, revision = config.kv.page_size, base.environ.get("POD_REVISION", "")
+
+        def say() -> WorkerInfo:
+            offered = self._offer() if self._offer else None
+            return describe(identity, self._worker, base.opened.spec, page_size, revision, offered)
+
+        period_s, pulse = config.fleet.heartbeat_s, self._health.pulse
+        return Heart(base.fleet, say, period_s=period_s, also=self._also, pulse=pulse)

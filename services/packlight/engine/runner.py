@@ -20,6 +20,8 @@ from torch import Tensor
 from packlight.attention.base import AttentionBackend, DecodeBatch, LayerHook, PrefillBatch, PrefillChunk
 from packlight.attention.cpu import CpuAttention
 from packlight.attention.upload import upload
+from packlight.compress.device_window import DeviceWindow, has_kernel
+from packlight.compress.packers import NativePacker, Packer, TorchPacker
 from packlight.compress.paged_window import DTYPES, PagedWindow
 from packlight.compress.window import StoredWindow
 from packlight.kv.pages import PageIds
@@ -28,6 +30,7 @@ from packlight.kv.reading import Reading
 from packlight.kv.summaries import PageSummaries
 from packlight.kv.table import HeadPageTable
 from packlight.models.base import LanguageModel
+from packlight.native.library import Library
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class DecodeRunner:
 
 class PrefillRunner(Protocol):
     """What a prefill worker needs: a `Runner`, or what is one in several processes. `window`: who replays the
-    window's attention over the pool; None: whoever selects."""
+    window's attention over the pool; None: whoever selects. `packer`: who packs out of it."""
 
     @property
     def model(self) -> LanguageModel: ...
@@ -86,10 +89,18 @@ class PrefillRunner(Protocol):
     def pool(self) -> ExactPool: ...
     @property
     def window(self) -> StoredWindow | None: ...
+    @property
+    def packer(self) -> Packer: ...
 
     def prefill(self, works: Sequence[ChunkWork], on_layer: LayerHook | None = None) -> Tensor:
         """See `Runner.prefill`. The pool may be read from `on_layer`."""
         ...
+
+
+def _window_of(pool: KVPool, library: Library | None) -> StoredWindow | None:
+    if has_kernel(pool.device):
+        return DeviceWindow(pool)
+    return PagedWindow(pool, library) if library is not None and pool.dtype in DTYPES else None
 
 
 class Runner(DecodeRunner):
@@ -99,9 +110,10 @@ class Runner(DecodeRunner):
 
     def __init__(self, model: LanguageModel, pool: KVPool, backend: AttentionBackend) -> None:
         super().__init__(model, pool, backend)
-        # Who asks for attention without compiled code gets scores without it.
+        # Who asks for attention without compiled code gets scores and packing without it.
         library = backend.library if isinstance(backend, CpuAttention) else None
-        self.window = PagedWindow(pool, library) if library is not None and pool.dtype in DTYPES else None
+        self.window = _window_of(pool, library)
+        self.packer: Packer = NativePacker(pool, library) if library is not None else TorchPacker(pool)
 
     def prefill(self, works: Sequence[ChunkWork], on_layer: LayerHook | None = None) -> Tensor:
         """Store the KV of all chunks; logits `[R, V]` of the last token of each chunk that wants them, in order."""

@@ -3,8 +3,9 @@
 Shapes: R rows (requests) of a step, V vocabulary, N tokens that survived the filters.
 
 A row's token depends on its own logits, parameters, history and position only, so it is the same in every batch, on
-every worker and after a restart. Each row goes through: logit bias, penalties, temperature, top-k, min-p, top-p, and a
-draw by inverse CDF over ascending token ids in fp64. Knows no model, no request and no stop rule.
+every worker and after a restart. Each row goes through: logit bias, penalties, what its grammar allows, temperature,
+top-k, min-p, top-p, and a draw by inverse CDF over ascending token ids in fp64. Knows no model, no request and no stop
+rule.
 
 On a GPU the rows that want nothing but a token are drawn there (`draws.py`), and the host waits once per step.
 """
@@ -25,6 +26,7 @@ from packlight.core.errors import InternalError
 from packlight.core.hashing import counter_uniform
 from packlight.core.types import SamplingParams, Token
 from packlight.engine.draws import draw_rows
+from packlight.models.grammar import Constraint
 
 # Top-p rarely needs more tokens than this. When it does, it tries eight times as many.
 NUCLEUS_PREFIX = 1024
@@ -60,23 +62,24 @@ class PenaltyState:
 @dataclass(frozen=True, slots=True)
 class SampleRow:
     """How one row is drawn. `position` is the absolute position of the token being drawn. `penalties` is needed when
-    the parameters have penalties."""
+    the parameters have penalties, `constraint` when they have a grammar."""
 
     params: SamplingParams
     position: int
     penalties: PenaltyState | None = None
     banned_token_ids: tuple[int, ...] = ()
+    constraint: Constraint | None = None
 
     @property
     def is_argmax(self) -> bool:
         """The token is the argmax of the raw logits."""
-        return self.params.is_plain_greedy and not self.banned_token_ids
+        return self.params.is_plain_greedy and not self.banned_token_ids and self.constraint is None
 
     @property
     def is_plain(self) -> bool:
         """The token is drawn from the raw logits, and nothing is asked about the others."""
         params = self.params
-        changes = params.has_penalties or params.logit_bias or self.banned_token_ids
+        changes = params.has_penalties or params.logit_bias or self.banned_token_ids or self.constraint is not None
         return not changes and params.num_logprobs is None
 
 
@@ -143,9 +146,10 @@ def _check_finite(best_value: float, row: SampleRow) -> None:
 
 
 def _shape(raw_V: Tensor, row: SampleRow) -> Tensor:
-    """A copy with bias, penalties and bans; the raw row itself if there are none."""
+    """A copy with bias, penalties and bans, and what the grammar allows; the raw row itself if there are none."""
     params, vocab_size = row.params, raw_V.shape[0]
-    if not (params.logit_bias or params.has_penalties or row.banned_token_ids):
+    assert (row.constraint is not None) == bool(params.grammar), "a grammar needs a constraint"
+    if not (params.logit_bias or params.has_penalties or row.banned_token_ids or row.constraint):
         return raw_V
     shaped_V = raw_V.clone()
     for token_id, bias in params.logit_bias:
@@ -157,6 +161,8 @@ def _shape(raw_V: Tensor, row: SampleRow) -> Tensor:
     for token_id in row.banned_token_ids:
         _check_id(token_id, vocab_size)
         shaped_V[token_id] = -torch.inf
+    if row.constraint is not None:
+        shaped_V[torch.from_numpy(~row.constraint.allowed())] = -torch.inf
     return shaped_V
 
 

@@ -12,6 +12,7 @@ safe to give up, and `drop` uses it: nothing else ends a Gloo operation that wai
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import time
@@ -35,6 +36,8 @@ WORD_TAG, PAYLOAD_TAG, ACK_TAG, NEVER_TAG = 1, 2, 3, 4
 MEETING_TIMEOUT_S = 5.0
 ASKS = "asks"
 _POLL_S = 100e-6
+# torch's own answer to an operation that fails or takes long is to end the process, where another peer's may go on.
+_NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,8 @@ class Pair:
     def receive_payload(self, payload: Tensor) -> Work:
         if self._nccl is None:
             return self._words.recv([payload], self._peer, PAYLOAD_TAG)
+        # Its memory may have been freed a moment ago, by work on the current stream that is not over.
+        self._stream.wait_stream(torch.cuda.current_stream(payload.device))
         with torch.cuda.stream(self._stream):
             return self._nccl.recv([payload], self._peer, PAYLOAD_TAG)
 
@@ -167,6 +172,8 @@ def _gloo(store: Store, rank: int, host: str) -> Any:
 
 
 def _nccl(store: Store, rank: int) -> Any:
+    for name, value in _NCCL_SETTINGS.items():
+        os.environ.setdefault(name, value)
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=MEETING_TIMEOUT_S)
+    options._timeout = timedelta(days=1)  # what takes too long is for `wait_for_payload` to say
     return dist.ProcessGroupNCCL(store, rank, 2, options)

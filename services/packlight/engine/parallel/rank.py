@@ -21,7 +21,6 @@ from packlight.engine.build import build_attention
 from packlight.engine.runner import DecodeRunner, Runner
 from packlight.kv.pool import ExactPool, KVPool
 from packlight.models.opened import OpenedModel
-from packlight.models.sharded import load_sharded_model
 
 
 class Rank:
@@ -37,6 +36,9 @@ class Rank:
         on_progress: Callable[[str], None],
     ) -> None:
         """Loads the model. Raises ModelError if transformers cannot divide it."""
+        # Importing transformers takes seconds, and every worker imports this file.
+        from packlight.models.sharded import load_sharded_model
+
         assert opened.folder is not None, "the fake model is refused beforehand"
         self.index, self.num_ranks = index, num_ranks
         self.device = rank_device(config.model.device, index)
