@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.packlight-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve cluster test test-fast eval bench load check sanitize gpu-wheels gpu-check gpu-memcheck fmt proto docs chart clean
+.PHONY: help setup serve cluster test test-fast eval bench load check types sanitize gpu-wheels gpu-check gpu-memcheck fmt proto docs chart clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,13 +28,17 @@ serve: setup ## Serve SmolLM2 on 127.0.0.1:8000: router, prefill and decode in o
 cluster: setup ## The same as real processes: redis-server, one router, two prefill and two decode workers
 	$(BIN)/python deploy/cluster.py
 
-# Tests that start processes or compute with real weights need the cores for themselves.
-test: setup ## All tests that run on a laptop
-	$(MAKE) test-fast
-	$(BIN)/python -m pytest -q -m "not gpu and (slow or e2e)"
+# One more than two cores: tests that start processes wait for them half of the time. Files go whole, in the order that
+# tests/conftest.py gives them.
+JOBS   ?= 3
+PYTEST  = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+test: setup ## All tests that run on a laptop
+	$(PYTEST) -m "not gpu"
+
+test-fast: JOBS = 2
 test-fast: setup ## The tests without model weights and without processes
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not slow and not e2e"
+	$(PYTEST) -m "not gpu and not slow and not e2e"
 
 EVAL ?= --quick
 eval: setup ## What each recipe costs, on prompts whose answers are known: make eval EVAL="--recipes all --factors 2,8"
@@ -51,18 +55,21 @@ load: setup ## Load a server and report on it, by default one started for it: ma
 check: setup ## Formatting, lint, types, import direction, and generated files that must not differ
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/mypy -p loadtest
-	$(BIN)/lint-imports
-	$(MAKE) sanitize proto docs
+	$(MAKE) -j 2 types sanitize
+	$(MAKE) proto docs
 	git diff --exit-code -- services/packlight/wire/v1 docs/configuration.md docs/recipes.md docs/metrics.md docs/operations.md README.md
+
+types: setup ## Types and import direction
+	$(BIN)/mypy -p packlight -p loadtest
+	$(BIN)/lint-imports
 
 # Python itself is not built with the sanitizers, so what the libraries need of them is loaded before it.
 CXX_FILE = $(shell $(CXX) -print-file-name=$(1))
 sanitize: setup ## The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PACKLIGHT_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libubsan.so)" \
 		$(BIN)/python -m pytest -q -n 2 tests/contract/test_native_decode.py \
-		tests/contract/test_native_prefill.py tests/unit/compress/test_paged_window.py tests/unit/models/test_fused.py \
+		tests/contract/test_native_prefill.py tests/unit/compress/test_paged_window.py tests/unit/compress/test_packers.py \
+		tests/unit/models/test_fused.py \
 		-k "not import and not compiler"
 
 # On a bare machine with a GPU, without network: `make gpu-wheels` beforehand, and carry .gpu/wheels there.
@@ -72,8 +79,8 @@ gpu-wheels: setup ## Fetch what a GPU machine without network lacks into .gpu/wh
 gpu-check: ## All GPU tests and figures, about ten minutes; writes docs/gpu/<date>-<device>.json
 	$(PYTHON) -m tests.gpu.check $(GPU)
 
-gpu-memcheck: ## The GPU kernels' tests under compute-sanitizer
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/gpu -k triton
+gpu-memcheck: ## The Triton kernels' tests under compute-sanitizer, some minutes
+	$(PYTHON) -m tests.gpu.check --only memcheck --again $(GPU)
 
 fmt: setup ## Format and fix what can be fixed
 	$(BIN)/ruff format .

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see packlight.cli
+# Both before torch is imported. How threads wait: see packlight.cli. Processes of pytest-xdist share the cores already.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
 
 from packlight.core.config import DType, ModelConfig
-from packlight.core.types import Role
+from packlight.core.workers import Role
 from packlight.engine.build import build_model
 from packlight.models.opened import OpenedModel, open_model
 
@@ -19,6 +23,16 @@ hypothesis.settings.register_profile("packlight", deadline=None)
 hypothesis.settings.load_profile("packlight")
 
 pytest_plugins = ["tests.support.redis_servers", "tests.support.tiny_models"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first: whole files go to processes, and what takes minutes must not be begun last.
+    Inside a file the order stays. A test with a timeout of its own is the longest of all."""
+    long: dict[Path, list[bool]] = {}
+    for item in items:
+        marks = [item.get_closest_marker(name) is not None for name in ("timeout", "slow", "e2e")]
+        long[item.path] = max(long.get(item.path, marks), marks)
+    items.sort(key=lambda item: long[item.path], reverse=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from packlight.compress.codecs.turboquant import TurboQuantCodec
-from packlight.compress.recipes import CODECS
+from packlight.compress.parts import CODECS
 from packlight.core.errors import InvalidRequest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

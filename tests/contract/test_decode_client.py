@@ -29,12 +29,11 @@ from packlight.core.types import (
     GenerateRequest,
     PackSpec,
     Progress,
-    Role,
     SamplingParams,
     StopRules,
     Tokens,
-    WorkerInfo,
 )
+from packlight.core.workers import Role, WorkerInfo
 from packlight.decode.worker import DecodeWorker
 from packlight.models.fake import fake_answer
 from packlight.router.clients import DecodeClient, GrpcDecodeClients
@@ -42,6 +41,7 @@ from packlight.wire.decode import SERVICE, GrpcDecodeClient, decode_handler
 from packlight.wire.events import event_from_proto
 from packlight.wire.requests import generate_to_proto
 from packlight.wire.v1 import decode_pb2
+from tests.support.certificates import fleet_credentials
 from tests.support.cluster import loopback
 from tests.support.fake_pair import answer, collect, fake_pair, make_request, until
 
@@ -62,7 +62,16 @@ async def over_grpc(worker: DecodeWorker) -> AsyncIterator[DecodeClient]:
         await client.close()
 
 
-@pytest.fixture(params=[directly, over_grpc])
+@asynccontextmanager
+async def over_tls(worker: DecodeWorker) -> AsyncIterator[DecodeClient]:
+    with fleet_credentials() as tls:
+        async with loopback(decode_handler(worker), tls) as (_, channel):
+            client = GrpcDecodeClient(channel, DECODE_ID)
+            yield client
+            await client.close()
+
+
+@pytest.fixture(params=[directly, over_grpc, over_tls])
 def reach(request):
     return request.param
 
@@ -338,7 +347,7 @@ async def test_closing_frees_the_pages_within_one_step(reach):
         pair.decode_gate.is_open = False
         await events.aclose()
         steps = pair.decode_gate.num_steps
-        await until(lambda: all(task.cancelled for task in pair.decode._admitted))
+        await until(lambda: all(task.cancelled for task in pair.decode._roster.admitted))
         pair.decode_gate.let_all()
         await until(lambda: pair.decode.num_unfinished == 0)
         assert pair.decode_gate.num_steps <= steps + 2  # one may have begun before the gate fell
@@ -386,7 +395,7 @@ async def test_a_router_that_goes_cancels_all_its_requests_and_nobody_elses():
         await leaving.close()
         for events in lost:
             assert isinstance((await rest_of(events))[1].error, WorkerLost)
-        await until(lambda: sum(not task.cancelled for task in pair.decode._admitted) == 1)
+        await until(lambda: sum(not task.cancelled for task in pair.decode._roster.admitted) == 1)
         pair.decode_gate.let_all()
         assert (await rest_of(kept))[0] == fake_answer(PROMPT, 100)[1:]
         assert pair.decode.num_unfinished == 0

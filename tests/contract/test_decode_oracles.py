@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from packlight.compress.evict import Arrived, HeavyHitters, replay
+from packlight.compress.parts import READERS
 from packlight.compress.readers.freekv import FreeKVReader
 from packlight.compress.readers.hsa import HSAReader
 from packlight.compress.readers.quest import QuestReader
-from packlight.compress.recipes import READERS
 from packlight.core.types import PackSpec
 from packlight.kv.reading import PageQuery
 from tests.oracles import freekv, h2o, hsa, quest

@@ -11,7 +11,7 @@ import pytest
 
 from packlight.core.config import FleetConfig
 from packlight.core.errors import ConfigError
-from packlight.core.types import Role, WorkerInfo, WorkerLoad
+from packlight.core.workers import Role, WorkerInfo, WorkerLoad
 from packlight.fleet.base import Fleet, FleetAway
 from packlight.fleet.memory import MemoryFleet
 from packlight.fleet.redis_fleet import RedisFleet

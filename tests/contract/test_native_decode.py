@@ -216,9 +216,9 @@ def test_a_layers_hook_is_called_with_the_models_own_query(backend):
     batch = DecodeBatch(paged.pool, paged.table, tuple(paged.rows), on_layer=lambda *call: seen.append(call))
     plan = backend.plan(batch)
     plan.attend(0, *(x[0] for x in tokens), scale=SCALE, sliding_window=None)
-    [(layer, q_THD, scale)] = seen
-    assert (layer, scale) == (0, SCALE)
-    assert torch.equal(q_THD, tokens[0][0])
+    [(layer, queries)] = seen
+    assert (layer, queries.scale) == (0, SCALE)
+    assert torch.equal(queries.q_THD, tokens[0][0])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

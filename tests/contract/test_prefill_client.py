@@ -44,6 +44,7 @@ from packlight.models.fake_spec import fake_spec
 from packlight.prefill.worker import PrefillWorker
 from packlight.telemetry.metrics import PrefillMetrics
 from packlight.wire.prefill import GrpcPrefillClient, prefill_handler
+from tests.support.certificates import fleet_credentials
 from tests.support.cluster import Later, loopback
 from tests.support.fake_pair import answer, collect, fake_pair, make_request, running, until
 
@@ -63,7 +64,14 @@ async def over_grpc(worker: PrefillClient) -> AsyncIterator[PrefillClient]:
         yield GrpcPrefillClient(channel, "prefill-0")
 
 
-@pytest.fixture(params=[directly, over_grpc])
+@asynccontextmanager
+async def over_tls(worker: PrefillClient) -> AsyncIterator[PrefillClient]:
+    with fleet_credentials() as tls:
+        async with loopback(prefill_handler(worker), tls) as (_, channel):
+            yield GrpcPrefillClient(channel, "prefill-0")
+
+
+@pytest.fixture(params=[directly, over_grpc, over_tls])
 def reach(request):
     return request.param
 
@@ -256,10 +264,10 @@ async def test_whoever_waited_for_a_prompt_that_was_cancelled_computes_the_rest(
         second = asyncio.create_task(events_of(client, request_for([*LONG, 51], request_id="2")))
         await until(lambda: pair.prefill.load().num_queued == 1)
         pair.prefill_gate.permits.release()
-        await until(lambda: pair.prefill._admitted[0].num_done == 16)
+        await until(lambda: pair.prefill._roster.admitted[0].num_done == 16)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
-        await until(lambda: pair.prefill._admitted[0].cancelled)
+        await until(lambda: pair.prefill._roster.admitted[0].cancelled)
         pair.prefill_gate.let_all()
         begun = next(e for e in await second if isinstance(e, FirstToken))
         assert begun.num_cached_tokens == 32  # two steps: one was running when the other left
@@ -335,10 +343,10 @@ async def test_closing_while_it_computes_frees_within_one_step(reach):
         reading = asyncio.create_task(events_of(client, request_for(LONG)))
         for _ in range(2):
             pair.prefill_gate.permits.release()
-        await until(lambda: pair.prefill_gate.num_steps == 2 and pair.prefill._admitted[0].num_done == 8)
+        await until(lambda: pair.prefill_gate.num_steps == 2 and pair.prefill._roster.admitted[0].num_done == 8)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-        await until(lambda: pair.prefill._admitted[0].cancelled)
+        await until(lambda: pair.prefill._roster.admitted[0].cancelled)
         pair.prefill_gate.let_all()
         await until(lambda: pair.prefill.num_unfinished == 0)
         assert pair.prefill_gate.num_steps == 3  # the one that was running
@@ -372,7 +380,7 @@ async def test_a_slow_reader_holds_up_nobody_and_loses_nothing(reach):
     async with bulky_worker() as worker, reach(worker) as client:
         async with aclosing(client.prefill(request_for(PROMPT))) as slow:
             received = [await anext(slow)]
-            await until(lambda: worker.load().num_running == 1 and not worker._admitted)
+            await until(lambda: worker.load().num_running == 1 and not worker._roster.admitted)
             assert worker.num_unfinished == 1  # computed, and waiting to be read
             for number in range(2):
                 others = await events_of(client, request_for(LONG, request_id=str(number)))
@@ -386,7 +394,7 @@ async def test_a_slow_reader_who_leaves_frees_the_worker(reach):
     async with bulky_worker(page_size=2_000_000) as worker, reach(worker) as client:
         async with aclosing(client.prefill(request_for(PROMPT))) as slow:
             await anext(slow)
-            await until(lambda: worker.num_unfinished == 1 and not worker._admitted)
+            await until(lambda: worker.num_unfinished == 1 and not worker._roster.admitted)
             await asyncio.sleep(0.05)  # until flow control has stopped the server
             assert worker.num_unfinished == 1
         async with asyncio.timeout(1):

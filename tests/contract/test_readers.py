@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from packlight.compress.parts import READERS
 from packlight.compress.readers.bounds import bound_probe, page_products
 from packlight.compress.readers.freekv import FreeKVReader
 from packlight.compress.readers.hsa import HSAReader
 from packlight.compress.readers.quest import QuestReader
 from packlight.compress.readers.shared import Readers
-from packlight.compress.recipes import READERS, RECIPES
+from packlight.compress.recipes import RECIPES
 from packlight.core.types import PackSpec
 from packlight.kv.reading import MIN_PAGES, PageQuery
 from tests.support.paged_rows import bounds_of

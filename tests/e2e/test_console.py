@@ -13,7 +13,7 @@ import pytest_asyncio
 from playwright.async_api import Browser
 
 from packlight.compress.policy import Decision, Plan
-from packlight.core.config import build_config
+from packlight.core.config_tree import build_config
 from packlight.core.kept_map import KeptMap
 from packlight.core.types import Finished, GenerateRequest, Progress
 from packlight.embedded import Embedded

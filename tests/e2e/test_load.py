@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,10 @@ def scripted() -> Iterator[tuple[ScriptedServer, str]]:
         yield server, url
 
 
-def load_test(*flags: str) -> subprocess.CompletedProcess[str]:
+def load_test(*flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "loadtest", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    environ = {**os.environ, **environ}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False, env=environ)
 
 
 def run(scenario: Path, *flags: str, code: int = 0) -> tuple[LoadRun, subprocess.CompletedProcess[str]]:
@@ -221,16 +223,16 @@ def serve_flags() -> list[str]:
 
 def test_the_embedded_server_with_two_recipes_side_by_side(scenario, tmp_path):
     shared = "prompts={kind: shared_document, prompt_tokens: 2000, question_tokens: 400, max_tokens: 6}"
-    before = processes()
+    mark = {"STARTED_BY_TEST": str(tmp_path)}
     recipes = {"full": '{"recipe": "none"}', "packed": '{"recipe": "streaming_llm", "ratio": 0.125}'}
     paths = {name: str(tmp_path / f"{name}.json") for name in recipes}
     found = {}
     for name, kv in recipes.items():
         flags = ["--set", shared, "--json", paths[name], "--kv", kv, "--html", str(tmp_path / f"{name}.html")]
-        ended = load_test("run", "--scenario", str(scenario), "--seed", "3", *serve_flags(), *flags)
+        ended = load_test("run", "--scenario", str(scenario), "--seed", "3", *serve_flags(), *flags, **mark)
         assert ended.returncode == 0, ended.stderr
         found[name] = load_run(Path(paths[name]))
-    eventually(lambda: processes() <= before, timeout_s=10)
+    eventually(lambda: not processes(**mark), timeout_s=10)
     for name, recipe in (("full", "none"), ("packed", "streaming_llm")):
         answers = [sample.answer for sample in found[name].samples]
         assert [answer.error for answer in answers] == [None] * 12
@@ -254,14 +256,11 @@ def test_the_embedded_server_with_two_recipes_side_by_side(scenario, tmp_path):
     assert (again.returncode, (tmp_path / "again.html").exists()) == (0, True)
 
 
-def processes() -> set[str]:
-    """The `packlight serve` processes of the fake model that this test run may have started."""
-    found = set()
+def processes(**environ: str) -> set[str]:
+    """Those that have these variables, and so do their children."""
+    found, wanted = set(), {f"{name}={value}".encode() for name, value in environ.items()}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"serve" in words and b"model.path=fake" in words and os.getsid(int(folder.name)) != os.getsid(0):
-            found.add(folder.name)
+        with suppress(OSError):
+            if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                found.add(folder.name)
     return found

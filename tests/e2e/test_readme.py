@@ -1,5 +1,6 @@
 """The README runs: the server it starts, the curl it shows, the Python it shows."""
 
+import os
 import re
 import socket
 import subprocess
@@ -25,7 +26,8 @@ def server():
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "packlight", "serve", "--set", f"router.port={address.split(':')[1]}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # see tests/conftest.py
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
     try:
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and process.poll() is None:

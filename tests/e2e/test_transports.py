@@ -43,9 +43,9 @@ def transport(request):
 
 @pytest.fixture(scope="module")
 def cluster(transport):
-    settings = (*SETTINGS, f"decode.transports=[{transport}]")
+    settings = (*SETTINGS, f"decode.transports=[{transport},grpc]")
     flags = [flag for setting in settings for flag in ("--set", setting)]
-    with running_cluster("--prefill", "2", "--decode", "1", *flags) as cluster:
+    with running_cluster("--prefill", "2", "--decode", "1", "--keep-going", *flags) as cluster:
         yield cluster
 
 
@@ -78,11 +78,9 @@ def test_answers_are_those_of_the_stream_and_bytes_go_beside_it(cluster, transpo
     )
 
 
-def test_a_prefill_worker_that_dies_costs_no_answer(transport):
-    settings = (*SETTINGS, f"decode.transports=[{transport},grpc]")
-    flags = [flag for setting in settings for flag in ("--set", setting)]
-    arguments = ("--prefill", "2", "--decode", "1", "--keep-going", *flags)
-    with running_cluster(*arguments) as cluster, client_of(cluster.url) as client:
+def test_a_prefill_worker_that_dies_costs_no_answer(cluster):
+    """The last test with this cluster."""
+    with client_of(cluster.url) as client:
         for number in range(6):
             assert ask(client, f"{number} before", 8)[0] == expected(f"{number} before", 8)
         cluster.kill("prefill-0")

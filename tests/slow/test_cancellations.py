@@ -1,5 +1,5 @@
 """Clients that leave at any moment, while others stay: those that stay get what they would have got alone, and nothing
-is left behind. With the compiled kernels, whose threads write into one pool.
+is left behind. With the compiled kernels, two threads of which write into one pool.
 """
 
 import asyncio
@@ -8,9 +8,11 @@ from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
+import torch
 
 from packlight.core.config import ModelConfig
-from packlight.core.types import Finished, PackSpec, Role, SamplingParams, Tokens
+from packlight.core.types import Finished, PackSpec, SamplingParams, Tokens
+from packlight.core.workers import Role
 from packlight.engine.build import build_model
 from packlight.models.opened import open_model
 from tests.support.fake_pair import answer
@@ -19,6 +21,14 @@ from tests.support.real_pair import greedy, real_pair
 pytestmark = pytest.mark.slow
 NUM_REQUESTS, MAX_TOKENS = 30, 16
 PACKS = (PackSpec(), PackSpec("snapkv", budget_tokens=64), PackSpec("quest", budget_tokens=64))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
-from transformers import AutoModelForCausalLM
 
 from packlight.attention.sdpa import SdpaAttention
 from packlight.colocated import PrefillBeside
@@ -26,6 +25,7 @@ from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics
 from packlight.wire.prefill import GrpcPrefillClient, prefill_handler
 from tests.support.cluster import loopback
 from tests.support.fake_pair import answer, running, until
+from tests.support.plain_answers import recorded
 from tests.support.real_pair import PAGE, greedy
 
 pytestmark = pytest.mark.slow
@@ -36,26 +36,9 @@ LOCAL, REMOTE = "decode/prefill", "prefill"
 @pytest.fixture(scope="module")
 def cases(smollm2):
     """name -> (prompt ids, what transformers generates)."""
-    model = AutoModelForCausalLM.from_pretrained(
-        smollm2.folder.path, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    ).eval()
-    tale = "".join(
-        f"On day {day} the ferry carried {day + 3} sheep and a piano across the sound. " for day in range(24)
-    )
-    questions = {
-        "short": "What is the capital of France?",
-        "other": "Name three rivers.",
-        "long": f"{tale}\nWhat did the ferry carry besides sheep?",
-    }
-    expected = {}
-    for name, question in questions.items():
-        ids = smollm2.tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
-        with torch.inference_mode():
-            lengths = {"max_new_tokens": MAX_TOKENS, "min_new_tokens": MAX_TOKENS}
-            mask = torch.ones(1, len(ids), dtype=torch.long)
-            out = model.generate(torch.tensor([ids]), attention_mask=mask, do_sample=False, **lengths)
-        expected[name] = (ids, out[0, len(ids) :].tolist())
-    return expected
+    plain = recorded(smollm2.tokenizer)
+    names = {"short": "question", "other": "list", "long": "tale"}
+    return {name: (plain[known].ids, plain[known].answer[:MAX_TOKENS]) for name, known in names.items()}
 
 
 @contextlib.asynccontextmanager

@@ -22,9 +22,10 @@ from typing import Any
 import grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from packlight.core.credentials import CredentialFiles
 from packlight.core.shipping import PrefillClient, PrefillEvent
 from packlight.core.types import PrefillRequest
-from packlight.wire.channel import Channels, start_server
+from packlight.wire.channel import Channels, Dialer, start_server
 from tests.support.redis_servers import find_binary
 
 CLUSTER = Path(__file__).parents[2] / "deploy" / "cluster.py"
@@ -41,6 +42,7 @@ class LoopbackServer:
     handler: grpc.GenericRpcHandler
     server: grpc.aio.Server
     port: int
+    tls: CredentialFiles | None = None
 
     @property
     def address(self) -> str:
@@ -51,14 +53,16 @@ class LoopbackServer:
         await self.server.stop(None)
 
     async def start_again(self) -> None:
-        self.server, _ = await start_server([self.handler], "127.0.0.1", self.port)
+        self.server, _ = await start_server([self.handler], "127.0.0.1", self.port, self.tls)
 
 
 @asynccontextmanager
-async def loopback(handler: grpc.GenericRpcHandler) -> AsyncIterator[tuple[LoopbackServer, grpc.aio.Channel]]:
+async def loopback(
+    handler: grpc.GenericRpcHandler, tls: CredentialFiles | None = None
+) -> AsyncIterator[tuple[LoopbackServer, grpc.aio.Channel]]:
     """A server around `handler`, and a channel to it, both as the processes make them."""
-    server, port = await start_server([handler], "127.0.0.1", 0)
-    loopback_server, channels = LoopbackServer(handler, server, port), Channels()
+    server, port = await start_server([handler], "127.0.0.1", 0, tls)
+    loopback_server, channels = LoopbackServer(handler, server, port, tls), Channels(Dialer(tls))
     try:
         yield loopback_server, channels.get(loopback_server.address)
     finally:

@@ -21,7 +21,8 @@ from packlight.engine.compute import Compute
 from packlight.engine.runner import Runner
 from packlight.kv.pool import KVPool
 from packlight.models.fake import DECODE_BIAS, PREFILL_BIAS, FakeModel
-from packlight.models.fake_spec import fake_spec
+from packlight.models.fake_spec import FakeTokenizer, fake_spec
+from packlight.models.grammar import open_grammars
 from packlight.prefill.worker import PrefillWorker
 from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics
 from packlight.telemetry.traces import NoTraces, Traces
@@ -107,6 +108,7 @@ async def fake_pair(
 ) -> AsyncIterator[FakePair]:
     """Both workers, running. `client` puts something between decode and prefill; `shared` has them share a thread."""
     steps: list[str] = []
+    grammars = open_grammars(FakeTokenizer(), fake_spec())
     gates = Gate("prefill", steps), Gate("decode", steps)
     computes = (shared, shared) if shared else (Compute("prefill"), Compute("decode"))
     prefill_worker = PrefillWorker(
@@ -114,6 +116,7 @@ async def fake_pair(
         fake_runner(PREFILL_BIAS, prefill_blocks, gates[0]),
         computes[0],
         metrics=PrefillMetrics(CollectorRegistry()),
+        grammars=grammars,
         tracer=(traces or NoTraces()).tracer("prefill", "prefill-0"),
         clock=prefill_clock,
     )
@@ -124,6 +127,7 @@ async def fake_pair(
         computes[1],
         lambda worker_id, address: reached,
         metrics=DecodeMetrics(CollectorRegistry()),
+        grammars=grammars,
         tracer=(traces or NoTraces()).tracer("decode", "decode-0"),
     )
     pair = FakePair(prefill_worker, decode_worker, *gates)

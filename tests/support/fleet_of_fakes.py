@@ -21,16 +21,8 @@ from packlight.core.config import Config, DecodeConfig, KVConfig, LocalPrefillCo
 from packlight.core.errors import WorkerLost
 from packlight.core.hashing import page_hashes
 from packlight.core.shipping import PrefillEvent
-from packlight.core.types import (
-    GenerateEvent,
-    GenerateRequest,
-    PrefillRequest,
-    Role,
-    Tokens,
-    WorkerId,
-    WorkerInfo,
-    is_terminal,
-)
+from packlight.core.types import GenerateEvent, GenerateRequest, PrefillRequest, Tokens, is_terminal
+from packlight.core.workers import Role, WorkerId, WorkerInfo
 from packlight.decode.worker import DecodeWorker
 from packlight.engine.compute import Compute
 from packlight.engine.engine import LocalEngine

@@ -14,7 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from packlight.core.config import Config, build_config
+from packlight.core.config import Config
+from packlight.core.config_tree import build_config
 from packlight.router.app import build_app
 from packlight.router.limits import Gate
 from packlight.telemetry.metrics import RouterMetrics

@@ -24,8 +24,8 @@ from packlight.core.types import (
     Token,
     Tokens,
     Usage,
-    WorkerInfo,
 )
+from packlight.core.workers import WorkerInfo
 from packlight.router.service import Readiness
 
 KV = KVUsage(

@@ -10,7 +10,7 @@ import asyncio
 import json
 import selectors
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -20,7 +20,8 @@ import httpx
 class Script:
     """`first_s` until the first event, `gap_s` between events, `end_s` until the one with the finish reason. An answer
     has as many tokens as were asked for, `tokens_per_event` in each event, the last `num_silent` without any.
-    `status`, `error_after` (events) and `cut_after` make it fail; `before` is called first, with the request's body."""
+    `status`, `error_after` (events) and `cut_after` make it fail. `before` is called first, with the request's body;
+    what it changes holds from this answer on, and not for those under way."""
 
     first_s: float = 0.5
     gap_s: float = 0.1
@@ -57,19 +58,19 @@ class ScriptedServer(httpx.AsyncBaseTransport):
         self.script.before(body)
         if self.script.status != 200:
             return httpx.Response(self.script.status, json={"error": {"message": "no room"}})
-        return httpx.Response(200, stream=_Stream(self._pieces(body)))
+        return httpx.Response(200, stream=_Stream(self._pieces(body, replace(self.script))))
 
-    async def _pieces(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def _pieces(self, body: dict[str, Any], script: Script) -> AsyncIterator[bytes]:
         self.num_running += 1
         self.most_running = max(self.most_running, self.num_running)
         try:
-            async for event in self._events(body):
+            async for event in self._events(body, script):
                 yield f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode()
         finally:
             self.num_running -= 1
 
-    async def _events(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any] | str]:
-        script, num_tokens = self.script, body["max_tokens"]
+    async def _events(self, body: dict[str, Any], script: Script) -> AsyncIterator[dict[str, Any] | str]:
+        num_tokens = body["max_tokens"]
         if "messages" in body:
             yield {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
         for index in range((num_tokens - script.num_silent) // script.tokens_per_event):

@@ -18,6 +18,16 @@ WAITS = {
 }
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would wait for a device, or needs to know what is in a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = [x for x in _tensors(args) if x.dtype is torch.bool] if func is torch.ops.aten.index.Tensor else ()
+        if func in WAITS or masks:
+            raise RuntimeError(f"operation that waits for the device: {func}")
+        return func(*args, **(kwargs or {}))
+
+
 class TapeEngine:
     """A `GraphEngine`."""
 

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from packlight.core.config import DType, ModelConfig
-from packlight.core.types import Role
+from packlight.core.workers import Role
 from packlight.engine.build import build_model
 from packlight.models.base import LanguageModel
 from packlight.models.folder import ModelFolder

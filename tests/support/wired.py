@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from packlight.core.config import RouterConfig, build_config
-from packlight.core.types import Role
+from packlight.core.config import RouterConfig
+from packlight.core.config_tree import build_config
+from packlight.core.workers import Role
 from packlight.engine.host import Identity, describe
 from packlight.fleet.memory import MemoryFleet
 from packlight.fleet.view import FleetView

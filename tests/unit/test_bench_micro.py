@@ -21,8 +21,8 @@ from packlight.bench.micro.measure.index import PathShape, Tree
 from packlight.bench.micro.measure.rows import Layout, make_rows
 from packlight.bench.stream import Stream
 from packlight.bench.timing import Spread, percentile, slices_of, take_turns
+from packlight.compress.parts import CODECS
 from packlight.compress.payload import payload_bytes
-from packlight.compress.recipes import CODECS
 from packlight.core.errors import ConfigError
 from packlight.core.types import ModelSpec, PackSpec
 from packlight.prefix.memory import MemoryPrefixIndex

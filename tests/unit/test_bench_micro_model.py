@@ -18,7 +18,8 @@ from packlight.bench.micro.measure.weights import weight_bytes
 from packlight.bench.micro.transport import make_entry
 from packlight.core.config import ModelConfig
 from packlight.core.errors import ConfigError
-from packlight.core.types import ModelSpec, Role, Timings
+from packlight.core.types import ModelSpec, Timings
+from packlight.core.workers import Role
 from packlight.engine.build import build_model
 from packlight.models.opened import open_model
 from packlight.transfer.registry import TRANSPORTS

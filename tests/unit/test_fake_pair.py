@@ -325,7 +325,7 @@ async def test_cancel_while_prefilling_keeps_finished_pages():
         doomed = asyncio.create_task(answer(pair.decode, make_request(prompt)))
         pair.prefill_gate.permits.release()
         pair.prefill_gate.permits.release()
-        await until(lambda: pair.prefill_gate.num_steps == 2 and pair.prefill._admitted[0].num_done == 16)
+        await until(lambda: pair.prefill_gate.num_steps == 2 and pair.prefill._roster.admitted[0].num_done == 16)
         doomed.cancel()
         await until(lambda: pair.decode.num_unfinished == 0)
         pair.prefill_gate.let_all()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from packlight.core.types import Role, WorkerInfo
+from packlight.core.workers import Role, WorkerInfo
 from packlight.fleet.base import FleetAway, Sighting
 from packlight.fleet.memory import MemoryFleet
 from packlight.fleet.view import FleetView

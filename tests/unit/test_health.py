@@ -10,7 +10,7 @@ from prometheus_client import Counter
 
 from packlight.core.config import PrefillConfig
 from packlight.core.errors import StartupError
-from packlight.core.types import Role
+from packlight.core.workers import Role
 from packlight.engine.health import STUCK_S, Health, HealthServer
 from tests.support.clock import FakeClock
 

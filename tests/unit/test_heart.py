@@ -10,7 +10,7 @@ import socket
 import pytest
 
 from packlight.core.config import PrefillConfig
-from packlight.core.types import Role, WorkerInfo, WorkerLoad
+from packlight.core.workers import Role, WorkerInfo, WorkerLoad
 from packlight.fleet.heart import Heart, advertised_address, worker_identity
 from packlight.fleet.memory import MemoryFleet
 from tests.support.clock import FakeClock

@@ -18,6 +18,19 @@ from tests.support.tape import TapeEngine
 GREEDY = SamplingParams(temperature=0.0)
 
 
+class Only:
+    """A constraint that always allows the same tokens."""
+
+    def __init__(self, token_ids, num_tokens):
+        self._mask = np.isin(np.arange(num_tokens), list(token_ids))
+
+    def add(self, token_id):
+        pass
+
+    def allowed(self):
+        return self._mask
+
+
 def draw(logits, params, positions, **row):
     """The token ids drawn from one distribution at several positions."""
     logits_V = torch.as_tensor(logits, dtype=torch.float32)
@@ -107,7 +120,7 @@ def test_frequencies_follow_the_distribution(params):
 
 def test_a_row_does_not_notice_its_batch():
     generator = torch.Generator().manual_seed(0)
-    logits_RV = 3 * torch.randn(6, 5000, generator=generator)
+    logits_RV = 3 * torch.randn(7, 5000, generator=generator)
     rows = [
         SampleRow(GREEDY, 5),
         SampleRow(SamplingParams(seed=1), 5),
@@ -115,6 +128,7 @@ def test_a_row_does_not_notice_its_batch():
         SampleRow(SamplingParams(seed=2, top_k=40, min_p=0.01), 900),
         SampleRow(SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2), 7, PenaltyState([1, 2], [3])),
         SampleRow(SamplingParams(temperature=0.0, num_logprobs=0), 8, banned_token_ids=(4,)),
+        SampleRow(SamplingParams(seed=3, grammar="any"), 9, constraint=Only(range(0, 5000, 7), 5000)),
     ]
     together = sample(logits_RV, rows)
     alone = [sample(logits_RV[[index]], [row])[0] for index, row in enumerate(rows)]
@@ -320,3 +334,24 @@ def test_noise_at_its_limits_draws_a_possible_token_at_once(monkeypatch, noise):
     logits_RV = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]])
     for params in (SamplingParams(), SamplingParams(top_p=0.999), SamplingParams(min_p=0.01)):
         assert sample_on_device(logits_RV, [SampleRow(params, 1)]) == [Token(1 if noise == 0.0 else 3)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_what_the_grammar_allows_is_drawn(temperature):
+    params = SamplingParams(temperature=temperature, grammar="any", num_logprobs=1)
+    row = SampleRow(params, 5, constraint=Only([2, 3], 5))
+    [token] = sample(torch.tensor([[9.0, 8.0, 1.0, 1.0, 7.0]]), [row])
+    assert token.token_id == 2 if temperature == 0.0 else token.token_id in (2, 3)
+    assert token.top_logprobs[0][0] == 0  # log-probabilities are those of the model, not of the grammar
+
+
+def test_a_grammar_that_allows_nothing_fails_its_row_only():
+    logits_RV = torch.zeros(3, 4)
+    rows = [
+        SampleRow(GREEDY, 1),
+        SampleRow(replace(GREEDY, grammar="any"), 1, constraint=Only([], 4)),
+        SampleRow(replace(GREEDY, grammar="any"), 1, constraint=Only([3], 4)),
+    ]
+    first, failed, last = sample(logits_RV, rows)
+    assert (first, last) == (Token(0), Token(3))
+    assert isinstance(failed, InternalError)

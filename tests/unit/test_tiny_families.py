@@ -13,7 +13,8 @@ from packlight.compress.layout import pages_of
 from packlight.compress.recipes import RECIPES
 from packlight.core.config import DType, ModelConfig
 from packlight.core.shipping import Chunk, FirstToken, LayerHeader, Shipped
-from packlight.core.types import PackSpec, PrefillRequest, Role, SamplingParams
+from packlight.core.types import PackSpec, PrefillRequest, SamplingParams
+from packlight.core.workers import Role
 from packlight.engine.build import build_model
 from packlight.models.opened import open_model
 from tests.support.fake_pair import answer

@@ -32,7 +32,7 @@ PACK = PackSpec("snapkv", 256, None, 16, 2, 31)
 USAGE = Usage(10, 4, 3, KVUsage("snapkv", 12.5, 100, 1000, 0.97), Timings(1, 2, 3, 4, 5, 6))
 
 
-@pytest.mark.parametrize("sampling", [SAMPLING, SamplingParams(), SamplingParams(num_logprobs=0)])
+@pytest.mark.parametrize("sampling", [SAMPLING, SamplingParams(), SamplingParams(num_logprobs=0, grammar="start: /ø/")])
 @pytest.mark.parametrize("pack", [PACK, PackSpec(), PackSpec("snapkv", None, 0.25)])
 def test_requests(sampling, pack):
     stop = StopRules(7, (0, 2), (9,), True, 3)
@@ -109,6 +109,20 @@ def test_an_unknown_error_is_an_internal_one():
     message = events.error_to_proto(errors.QueueFull("full"))
     message.kind = "FromTheFuture"
     assert type(events.error_from_proto(message)) is errors.InternalError
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (decode_pb2.Event(request_id="r"), "unknown kind"),
+        (decode_pb2.Event(request_id="r", finished=decode_pb2.Finished(reason="bored")), "'bored'"),
+    ],
+)
+def test_what_a_later_release_says_ends_the_answer_with_a_word(message, said):
+    failed = events.event_from_proto(message)
+    assert isinstance(failed, Failed)
+    assert (failed.request_id, type(failed.error)) == ("r", errors.InternalError)
+    assert said in failed.error.message
 
 
 def test_manifest():

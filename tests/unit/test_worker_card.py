@@ -6,14 +6,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packlight.core.types import Role, WorkerInfo, WorkerLoad
+from packlight.core.workers import Role, WorkerInfo, WorkerLoad
 from packlight.fleet.card import decode_worker, encode_worker
 
 NUMBERS = st.floats(0, 1e12)
 COUNTS = st.integers(0, 2**62)
 LOADS = st.builds(WorkerLoad, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, NUMBERS, NUMBERS, NUMBERS)
 WORKERS = st.builds(
-    WorkerInfo, st.text(), COUNTS, st.sampled_from(Role), *[st.text()] * 4, COUNTS, COUNTS, st.booleans(), LOADS
+    WorkerInfo,
+    st.text(),
+    COUNTS,
+    st.sampled_from(Role),
+    *[st.text()] * 4,
+    COUNTS,
+    COUNTS,
+    st.booleans(),
+    LOADS,
+    speaks_tls=st.booleans(),
 )
 WORKER = WorkerInfo("p0", 1, Role.PREFILL, "10.0.0.1:7000", "smol", "fp", "compat")
 

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from packlight.attention.base import DecodeBatch
 from packlight.attention.flashinfer.backend import FlashInferAttention
 from packlight.attention.flashinfer.bounds import gathered_products
-from packlight.attention.flashinfer.choice import choose_pages
+from packlight.attention.flashinfer.choice import choose_pages, page_bars
+from packlight.attention.flashinfer.kernels import KernelShape, PageCounts
 from packlight.attention.flashinfer.mirror import TableMirror
 from packlight.attention.flashinfer.reads import EVERYTHING, head_reads
-from packlight.attention.flashinfer.wrappers import FlashInferKernels
+from packlight.attention.flashinfer.workspace import fixed_workspace
+from packlight.attention.flashinfer.wrappers import LIMITS, FlashInferKernels
 from packlight.attention.registry import AUTO, FLASHINFER
 from packlight.attention.sdpa import SdpaAttention
 from packlight.compress.codecs.fp8 import FP8Codec
@@ -24,7 +26,7 @@ from packlight.engine.build import build_attention
 from packlight.kv.pages import PageBook
 from packlight.kv.reading import Reading
 from packlight.kv.table import HeadPageTable
-from tests.support.fake_flashinfer import TOY_LIMITS, fake_flashinfer, fake_kernels
+from tests.support.fake_flashinfer import GROUPS, TOY_LIMITS, fake_flashinfer, fake_kernels, scheduled_bytes
 from tests.support.paged_rows import SCALE, PagedRows, chosen_pages, model_spec
 from tests.support.tape import TapeEngine
 
@@ -65,8 +67,10 @@ def test_a_reader_and_dense_layers_take_one_plan_each():
     assert (module.plans, module.runs) == (2, 5)
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(7, 1), (10, 2), (14, 2), (32, 2)])
-def test_groups_without_a_kernel_on_the_cuda_cores_run_on_the_tensor_cores(num_heads, num_kv_heads):
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads"), [(2, 2), (4, 2), (3, 1), (8, 2), (10, 2), (6, 1), (14, 2), (16, 2), (32, 2)]
+)
+def test_every_group_runs_where_it_has_a_kernel(num_heads, num_kv_heads):
     paged = PagedRows([[[9, 14][:num_kv_heads]] * 2], num_heads=num_heads)
     tokens = paged.new_tokens(paged.rows)
     out = paged.step(FlashInferAttention("cpu", fake_kernels()), paged.rows, tokens=tokens)
@@ -132,6 +136,57 @@ def test_without_a_gpu_it_is_refused_by_name_and_passed_over_by_auto(caplog):
         ]
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_groups_may_be_sent_to_the_cuda_cores_by_name(group):
+    paged = PagedRows([[[9]] * 2], num_heads=group)
+    paged.step(FlashInferAttention("cpu", fake_kernels(cuda_core_groups=(group,))), paged.rows)
+
+
+def test_a_library_that_breaks_at_its_import_is_passed_over(monkeypatch):
+    def broken(name):
+        raise RuntimeError("flashinfer-cubin version (0.7) does not match")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("packlight.attention.flashinfer.wrappers.importlib.import_module", broken)
+    with pytest.raises(ConfigError, match=r"cannot be imported .*does not match"):
+        FlashInferKernels.on(torch.device("cuda"))
+
+
+# ── workspaces ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=200)
+@given(
+    num_requests=st.integers(1, 20_000),
+    group=st.integers(1, 128),
+    head_dim=st.sampled_from(LIMITS.head_dims),
+    on_tensor_cores=st.booleans(),
+    num_multiprocessors=st.sampled_from([0, 108, 132, 148]),
+)
+def test_the_workspace_is_what_the_scheduler_takes(num_requests, group, head_dim, on_tensor_cores, num_multiprocessors):
+    got = fixed_workspace(
+        num_requests, group, head_dim, on_tensor_cores=on_tensor_cores, num_multiprocessors=num_multiprocessors
+    )
+    partial, schedule = scheduled_bytes(
+        num_requests, group, head_dim, on_tensor_cores, num_multiprocessors=num_multiprocessors
+    )
+    assert partial <= got.partial_bytes <= max(128 << 20, partial + 8192)
+    assert schedule <= got.schedule_bytes <= schedule + 8 * num_requests + 8192
+
+
+def test_kernels_share_a_workspace_that_grows_for_who_needs_it():
+    """256 rows of 8 KV heads with groups of 8: their partial results exceed what smaller steps share."""
+    kernels, shape = fake_kernels(), KernelShape(8, 128, 16, torch.bfloat16, torch.bfloat16, 1.0, None)
+    workspaces = []
+    for num_requests in (64, 2048, 128):
+        counts = PageCounts(*(np.ones(num_requests, dtype=np.int32) for _ in range(2)))
+        kernel = kernels.fixed_decode(num_requests, num_requests)
+        kernel.plan(counts, shape)
+        workspaces.append(kernel._wrapper.workspace_bytes[0])
+    assert workspaces[0] == 128 << 20
+    assert workspaces[1] == workspaces[2] > 128 << 20
+
+
 # ── lengths to reads ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -161,7 +216,8 @@ def test_choices_follow_the_rule_for_every_reader(data):
     )
     num_stored = torch.tensor([heads])
     num_read = num_stored.clamp(max=budget)
-    chosen = choose_pages(torch.tensor([scores]), num_stored, num_read, int(num_read.max()))[0].tolist()
+    bars = page_bars(num_stored, num_read, len(scores[0]), int(num_read.max()))
+    chosen = choose_pages(torch.tensor([scores]), bars)[0].tolist()
     for row, given_scores, num_pages, count in zip(chosen, scores, heads, num_read[0].tolist(), strict=True):
         assert row[:count] == chosen_pages(given_scores, num_pages, budget)
         assert set(row[count:]) <= {num_pages - 1}

@@ -153,7 +153,7 @@ def test_what_does_not_fit_runs_eagerly_and_says_why(model):
     graphed.step([row], [3], [60], reads=(sparse,))
     assert graphed.modes[-1] is Mode.READERS
     seen = []
-    graphed.step([row], [3], [60], on_layer=lambda layer, q, scale: seen.append(layer))
+    graphed.step([row], [3], [60], on_layer=lambda layer, queries: seen.append(layer))
     assert (graphed.modes[-1], seen) == (Mode.WATCHED, list(range(layers)))
 
 

@@ -17,7 +17,7 @@ from packlight.attention.sdpa import SdpaAttention
 from packlight.compress.recipes import RECIPES
 from packlight.core.config import DType, ModelConfig
 from packlight.core.errors import RequestNeverFits
-from packlight.core.types import Role
+from packlight.core.workers import Role
 from packlight.engine.build import build_model
 from packlight.engine.runner import Runner
 from packlight.evaluate.harness import Harness, Limits

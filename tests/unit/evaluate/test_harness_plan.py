@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packlight.compress.recipes import CODECS, RECIPES
+from packlight.compress.parts import CODECS
+from packlight.compress.recipes import RECIPES
 from packlight.core.errors import ConfigError, RequestNeverFits
 from packlight.evaluate.groups import LARGEST_TO_SMALLEST, Size, num_pages_of, plan_groups
 from packlight.evaluate.plan import TEMPLATE_TOKENS, Plan, check_lengths, split_by_fit

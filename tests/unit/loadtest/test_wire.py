@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.asking import refusal, to_answer
 from loadtest.results import Scrape
 from loadtest.samples import Sample, SampleFile, read_samples
 from loadtest.scrape import WATCHED, Scraper, read_metrics
 from loadtest.target import check_url
-from packlight.bench.serve.stream import Reading
+from packlight.bench.serve.stream import Reading, describe_refusal, to_answer
 from packlight.core.errors import ConfigError
 from packlight.telemetry.catalogue import CATALOGUE, Kind, full_name
 from tests.unit.loadtest.made_up import answer, failure
@@ -121,7 +120,7 @@ def test_without_usage_somebody_else_must_count():
     ],
 )
 def test_refusals_are_spelled_out(body, told):
-    assert refusal(body) == told
+    assert describe_refusal(body) == told
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "nonsense"])

@@ -261,7 +261,7 @@ def test_kv_of_other_weights_is_compatible(llama_folder: ModelFolder) -> None:
 def test_it_does_not_import_transformers(llama_folder: ModelFolder) -> None:
     """Which takes seconds."""
     script = (
-        "import sys; from packlight.core.config import ModelConfig; from packlight.core.types import Role\n"
+        "import sys; from packlight.core.config import ModelConfig; from packlight.core.workers import Role\n"
         "from packlight.engine.build import build_model; from packlight.models.opened import open_model\n"
         f"config = ModelConfig(path={str(llama_folder.path)!r}, dtype='bfloat16')\n"
         "build_model(open_model(config, on_progress=print), config, Role.DECODE, on_progress=print)\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from packlight.core.config import build_config
+from packlight.core.config_tree import build_config
 from packlight.doctor.base import Finding, Level, Patient
 from packlight.doctor.collector import check_traces
 

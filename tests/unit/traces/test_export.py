@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import packlight
-from packlight.core.config import TelemetryConfig, build_config
+from packlight.core.config import TelemetryConfig
+from packlight.core.config_tree import build_config
 from packlight.core.errors import ConfigError, Draining, InvalidRequest
 from packlight.core.trace import TraceContext
 from packlight.telemetry.otel import OtlpTraces
