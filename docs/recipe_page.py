@@ -12,8 +12,9 @@ from inspect import getmodule
 import torch
 
 from packlight.compress.options import LIMITS
+from packlight.compress.parts import CODECS, Param
 from packlight.compress.policy import AUTO_OPTIONS, Policy
-from packlight.compress.recipes import CODECS, RECIPES, Param, Recipe
+from packlight.compress.recipes import RECIPES, Recipe
 from packlight.compress.scorers.window import KERNEL, TIGHT_KERNEL, TIGHT_TOKENS
 from packlight.core.config import Config, PolicyRow
 from packlight.core.kept_map import MAX_BINS, MAX_GROUPS
