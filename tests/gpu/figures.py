@@ -5,7 +5,7 @@ weights are drawn. A `Rig` says where and how large, so that the same code runs 
 tested where there is no GPU; the figures of that mean nothing. What several need - the model, a step over full KV - is
 made once in a process. Largest of all is a pool of 16 rows of 32k: 69 GB, beside 16 GB of weights.
 
-Legend: B rows, L layers, K KV heads, H query heads, D head dim.
+Legend: K KV heads, S tokens, D head dim.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import asyncio
 import gc
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -25,121 +24,27 @@ import torch.profiler
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from packlight.attention.base import DecodeBatch, FixedBackend, FixedShape
-from packlight.attention.flashinfer.backend import FlashInferAttention
-from packlight.attention.flashinfer.wrappers import CUDA_CORE_GROUPS, FlashInferKernels
 from packlight.bench.micro.measure import selection as selecting
-from packlight.bench.micro.measure.rows import Layout, Rows, make_rows
 from packlight.bench.micro.measure.weights import weight_bytes
-from packlight.bench.stream import Stream, synced
-from packlight.bench.timing import slices_of
+from packlight.bench.stream import Stream
 from packlight.compress.base import Selection
 from packlight.compress.budget import base_budget
 from packlight.compress.options import resolve
 from packlight.compress.packers import TorchPacker
-from packlight.core.config import Config, GraphsConfig
-from packlight.core.config_tree import build_config
 from packlight.core.types import GenerateRequest, ModelSpec, PackSpec, SamplingParams, StopRules
-from packlight.core.workers import Role
 from packlight.decode.memory import DecodeMemory
-from packlight.engine.build import build_model
-from packlight.engine.graph_choice import Mode
-from packlight.engine.graphs import CudaGraphs, GraphedRunner, GraphEngine
-from packlight.engine.runner import DecodeRunner
-from packlight.engine.sampler import SampleRow, sample
 from packlight.kv.pool import KVPool
-from packlight.kv.summaries import PageSummaries
-from packlight.models.base import LanguageModel
-from packlight.models.folder import read_json
-from packlight.models.opened import OpenedModel, open_model
 from packlight.prefill.staging import CudaCopier, Staging
 from packlight.transfer.base import CPU
+from tests.gpu.rig import Rig
+from tests.gpu.steps import attention_seconds, full_step_seconds, make_runner, make_step, step_seconds
 
-NUM_ROUNDS = 5
-SLICE_S = 0.3
 GROUPS_ON_CUDA_CORES = (1, 2, 3, 4, 8)  # all that FlashInfer has kernels for
-
-
-@dataclass(frozen=True)
-class Rig:
-    """Where, and how large. `backend` makes an attention backend, `engine` what captures steps (None: nothing does)."""
-
-    model_path: str = "llama-3.1-8b"
-    device: str = "cuda"
-    dtype: str = "bfloat16"
-    batch: int = 16
-    context: int = 32_768
-    long_context: int = 131_072 - 64
-    kept_tokens: int = 512
-    kv_bytes: int = 60_000_000_000
-    stream_bytes: int = 8 << 30
-    backend: Callable[[], FixedBackend] | None = None
-    engine: Callable[[], GraphEngine | None] | None = None
-
-    @cached_property
-    def config(self) -> Config:
-        settings = {
-            "model.path": self.model_path, "model.weights": "dummy", "model.device": self.device,
-            "model.dtype": self.dtype, "prefill.kv_memory_bytes": 2 * self.kv_tokens_bytes(self.context),
-            "prefill.chunk_tokens": 8192, "prefill.shadow_ratio": 0,
-        }  # fmt: skip
-        return build_config({}, [f"{path}={value}" for path, value in settings.items()])
-
-    @cached_property
-    def opened(self) -> OpenedModel:
-        return open_model(self.config.model, on_progress=print)
-
-    @cached_property
-    def model(self) -> LanguageModel:
-        return build_model(self.opened, self.config.model, Role.DECODE, on_progress=print)
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.opened.spec
-
-    @cached_property
-    def full_steps(self) -> dict[tuple[int, int], float]:
-        """Seconds, by batch and context."""
-        return {}
-
-    def read_config(self) -> dict[str, Any]:
-        assert self.opened.folder is not None
-        return read_json(self.opened.folder.path / "config.json")
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.config.kv.page_size, getattr(torch, self.dtype), device=self.device)
-
-    def kv_tokens_bytes(self, num_tokens: int) -> int:
-        """At most: before the model is known, the KV of Llama-3.1-8B in bfloat16."""
-        return num_tokens * 2 * 32 * 8 * 128 * 2
-
-    def make_backend(self, cuda_core_groups: Collection[int] = CUDA_CORE_GROUPS) -> FixedBackend:
-        if self.backend:
-            return self.backend()
-        kernels = FlashInferKernels.on(torch.device(self.device), cuda_core_groups=cuda_core_groups)
-        return FlashInferAttention(self.device, kernels)
-
-    def make_engine(self) -> GraphEngine | None:
-        return self.engine() if self.engine else CudaGraphs(torch.device(self.device))
-
-    def rows(self, batch: int, tokens: int, pack: PackSpec | None = None, prompt: int = 0) -> Rows:
-        spec = self.spec
-        lengths = [[tokens] * spec.num_kv_heads for _ in range(spec.num_layers)]
-        return make_rows(
-            spec, self.layout, lengths, num_rows=batch, num_spare_rows=batch, pack=pack, num_prompt_tokens=prompt
-        )
-
-    def rocketkv(self, prompt: int) -> PackSpec:
-        """The paper's setting: of the tokens kept by stage 1, so many are read in a step."""
-        return resolve(
-            {"recipe": "rocketkv", "budget": self.kept_tokens}, default_recipe="rocketkv", default_budget=None
-        )
 
 
 def step_full(rig: Rig) -> dict[str, float]:
     """The step's bytes, weights once and KV of every row, over its time, against a copy's."""
-    step_s = _full_step_s(rig, rig.batch, rig.context)
+    step_s = full_step_seconds(rig, rig.batch, rig.context)
     kv_bytes = rig.batch * (rig.context + 1) * rig.spec.kv_bytes_per_token(rig.layout.dtype.itemsize)
     gbs, rates = (_read_weight_bytes(rig) + kv_bytes) / 1e9 / step_s, _stream_gbs(rig)
     limit = rates.get("copy", max(rates.values()))
@@ -162,10 +67,13 @@ def attention(rig: Rig) -> dict[str, float]:
     sparse = rig.rows(rig.batch, rig.context, _quest(few * page_size), rig.context)
     assert sparse.reading is not None
     sparse = replace(sparse, reading=replace(sparse.reading, num_pages=few, num_dense_layers=0))
-    choosing_s = _attend_s(rig, sparse)
+    choosing_s = attention_seconds(rig, sparse)
     dense = replace(sparse, reading=None, summaries=None)
-    dense_s, cuda_cores_s = _attend_s(rig, dense), _attend_s(rig, dense, rig.make_backend(GROUPS_ON_CUDA_CORES))
-    few_s = _attend_s(rig, rig.rows(rig.batch, few * page_size - 1))
+    dense_s, cuda_cores_s = (
+        attention_seconds(rig, dense),
+        attention_seconds(rig, dense, rig.make_backend(GROUPS_ON_CUDA_CORES)),
+    )
+    few_s = attention_seconds(rig, rig.rows(rig.batch, few * page_size - 1))
     return {
         "dense_ms": 1e3 * dense_s,
         "dense_on_cuda_cores_ms": 1e3 * cuda_cores_s,
@@ -190,7 +98,7 @@ def selection(rig: Rig) -> dict[str, float]:
 def graphs(rig: Rig) -> dict[str, float]:
     context = min(rig.context, 4096)
     rows = rig.rows(1, context)
-    replayed_s, eager_s = _step_s(rig, rows, context), _step_s(rig, rows, context, graphed=False)
+    replayed_s, eager_s = step_seconds(rig, rows, context), step_seconds(rig, rows, context, graphed=False)
     return {"replayed_ms": 1e3 * replayed_s, "eager_ms": 1e3 * eager_s, "speedup": eager_s / replayed_s}
 
 
@@ -200,7 +108,7 @@ def profile(rig: Rig) -> dict[str, float]:
     packed_tokens = base_budget(pack, rig.context)
     for name, tokens, how in (("full", rig.context, None), ("packed", packed_tokens, pack)):
         rows = rig.rows(rig.batch, tokens, how, rig.context if how else 0)
-        step = _step(_runner(rig, rows, graphed=True), rows, rig.context)
+        step = make_step(make_runner(rig, rows, graphed=True), rows, rig.context)
         found |= {f"{name}_{what}": value for what, value in _profiled(step, name).items()}
     return found
 
@@ -255,8 +163,8 @@ def link(rig: Rig) -> dict[str, float]:
             for pending in frames:
                 pending.result()
 
-    ship_s = _median_s(rig, ship)
-    copy_s = _median_s(rig, lambda: [copy(packed.pages) for _ in layers])
+    ship_s = rig.median_s(ship)
+    copy_s = rig.median_s(lambda: [copy(packed.pages) for _ in layers])
     if staging is not None:
         staging.close()
     gigabytes = spec.num_layers * packed.pages.nbytes / 1e9
@@ -284,91 +192,14 @@ FIGURES = {
 def _full_and_packed(rig: Rig, batch: int, context: int) -> dict[str, float]:
     pack = rig.rocketkv(context)
     packed_tokens = base_budget(pack, context)
-    packed_s = _step_s(rig, rig.rows(batch, packed_tokens, pack, context), context)
-    full_s = _full_step_s(rig, batch, context)
+    packed_s = step_seconds(rig, rig.rows(batch, packed_tokens, pack, context), context)
+    full_s = full_step_seconds(rig, batch, context)
     return {
         "full_ms": 1e3 * full_s,
         "packed_ms": 1e3 * packed_s,
         "speedup": full_s / packed_s,
         "stored_tokens": packed_tokens,
     }
-
-
-def _full_step_s(rig: Rig, batch: int, context: int) -> float:
-    if (batch, context) not in rig.full_steps:
-        rig.full_steps[batch, context] = _step_s(rig, rig.rows(batch, context), context)
-    return rig.full_steps[batch, context]
-
-
-def _step_s(rig: Rig, rows: Rows, context: int, *, graphed: bool = True) -> float:
-    """A step as a decode worker's compute thread makes it, the sampled tokens on the host."""
-    runner, modes = _runner(rig, rows, graphed), set[Mode]()
-    if isinstance(runner, GraphedRunner):
-        runner.on_mode = modes.add
-    seconds = _median_s(rig, _step(runner, rows, context))
-    if modes - {Mode.REPLAYED}:
-        raise RuntimeError(f"the step was to be replayed, and ran {', '.join(sorted(modes))}")
-    return seconds
-
-
-def _step(runner: DecodeRunner, rows: Rows, context: int) -> Callable[[], object]:
-    places, num_rows = list(rows.rows), len(rows.rows)
-    sampled = [SampleRow(SamplingParams(temperature=0.0), context + 1) for _ in places]
-
-    def step() -> None:
-        rows.table.grow(places)
-        logits_BV = runner.decode(
-            rows.table, places, [1] * num_rows, [context] * num_rows,
-            reads=rows.reads(num_rows), summaries=rows.summaries,
-        )  # fmt: skip
-        sample(logits_BV, sampled)
-
-    return step
-
-
-def _runner(rig: Rig, rows: Rows, graphed: bool) -> DecodeRunner:
-    backend, engine = rig.make_backend(), rig.make_engine() if graphed else None
-    if engine is None or not isinstance(rows.pool, KVPool):
-        return DecodeRunner(rig.model, rows.pool, backend)
-    longest = int(rows.table.new_lengths(list(rows.rows)).max()) + rig.layout.page_size
-    sizes = GraphsConfig(batch_sizes=[len(rows.rows)], tokens=[longest], recipes=[])
-    runner = GraphedRunner(rig.model, rows.pool, backend, engine, sizes=sizes)
-    readings = [rows.reading] if rows.reading is not None else []
-    summaries = rows.summaries or PageSummaries(1, rows.pool.head_dim, rows.pool.dtype, rig.device)
-    runner.prepare(rows.table, summaries, readings, on_progress=print)
-    return runner
-
-
-def _attend_s(rig: Rig, rows: Rows, backend: FixedBackend | None = None) -> float:
-    """Mean seconds of one layer's attention, replayed where steps can be captured."""
-    spec, places = rig.spec, tuple(rows.rows)
-    q_BHD = torch.randn(
-        len(places), int(rig.read_config()["num_attention_heads"]), spec.head_dim, device=rig.device
-    ).to(rows.pool.dtype)
-    k_BKD, v_BKD = (
-        torch.randn(len(places), spec.num_kv_heads, spec.head_dim, device=rig.device).to(rows.pool.dtype)
-        for _ in range(2)
-    )
-    batch = DecodeBatch(rows.pool, rows.table, places, rows.reads(len(places)), rows.summaries)
-    backend, engine = backend or rig.make_backend(), rig.make_engine()
-    if engine is None:
-        plan: Any = backend.plan(batch)
-    else:
-        num_pages = -(-int(rows.table.new_lengths(list(places)).max()) // rows.pool.page_size)
-        backend.reserve(rows.table, rows.pool, num_pages)
-        plan = backend.fixed_plan(batch, FixedShape(len(places), num_pages, rows.reading))
-        plan.load(batch)
-
-    def layers() -> Tensor:
-        for layer in range(spec.num_layers):
-            out = plan.attend(layer, q_BHD, k_BKD, v_BKD, scale=spec.head_dim**-0.5, sliding_window=None)
-        return out  # type: ignore[no-any-return]
-
-    with torch.inference_mode():
-        layers()
-        if engine is not None:
-            plan.load(batch)
-        return _median_s(rig, engine.capture(layers) if engine is not None else layers) / spec.num_layers
 
 
 def _read_weight_bytes(rig: Rig) -> int:
@@ -381,7 +212,7 @@ def _read_weight_bytes(rig: Rig) -> int:
 def _stream_gbs(rig: Rig) -> dict[str, float]:
     """What the device's memory gives, by the way it is asked; a copy's is counted both ways."""
     stream = Stream(torch.get_num_threads(), rig.stream_bytes, rig.device)
-    seconds = {name: [take() for _ in range(NUM_ROUNDS)] for name, take in stream.subjects().items()}
+    seconds = {name: [take() for _ in range(rig.num_rounds)] for name, take in stream.subjects().items()}
     return {name.removeprefix("stream/"): stream.num_bytes / 1e9 / median(each) for name, each in seconds.items()}
 
 
@@ -397,11 +228,6 @@ def _num_admitted(spec: ModelSpec, pool: KVPool, context: int, pack: PackSpec) -
     for holding in held:
         memory.close(holding)
     return len(held)
-
-
-def _median_s(rig: Rig, function: Callable[[], object]) -> float:
-    take = slices_of(synced(function, rig.device), SLICE_S)
-    return median([take() for _ in range(NUM_ROUNDS)])
 
 
 def _quest(num_tokens: int) -> PackSpec:

@@ -19,10 +19,11 @@ import torch
 from packlight.attention.flashinfer.backend import FlashInferAttention
 from tests.gpu import check, machine, process
 from tests.gpu.check import PARTS, Part, Session, slug
-from tests.gpu.figures import FIGURES, Rig
+from tests.gpu.figures import FIGURES
 from tests.gpu.kernels import KERNELS
 from tests.gpu.machine import last_object
 from tests.gpu.report import GOALS, Report, table
+from tests.gpu.rig import Rig
 from tests.support.fake_flashinfer import fake_kernels
 from tests.support.tape import TapeEngine
 from tests.unit.models.test_dummy import TINY
@@ -42,15 +43,11 @@ def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         kept_tokens=64,
         kv_bytes=64 << 20,
         stream_bytes=1 << 20,
+        num_rounds=1,
+        slice_s=0.0,
         backend=lambda: FlashInferAttention("cpu", fake_kernels()),
         engine=request.param,
     )
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.gpu.figures.SLICE_S", 0.0)
-    monkeypatch.setattr("tests.gpu.figures.NUM_ROUNDS", 1)
 
 
 @pytest.mark.parametrize("name", FIGURES)
