@@ -27,7 +27,7 @@ class Format:
 
 def answer_format(body: Body, spec: ModelSpec, *, is_reasoning: bool) -> Format:
     """Raises InvalidRequest for a format that cannot be held to, and for wishes that contradict it."""
-    wanted = body.answer_format
+    wanted = body.response_format
     if body.structured_outputs is not None:
         if wanted.type != "text":
             raise _refusal("Use either 'response_format' or 'structured_outputs'.", "structured_outputs")

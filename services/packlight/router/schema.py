@@ -179,6 +179,7 @@ class Body(Part):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128), FailFast()] = []
     cache_salt: Annotated[str, Field(max_length=128, pattern=r"^[^@/\\\x00]*$")] = ""
     kv: Annotated[dict[str, Any], BeforeValidator(_plain_options)] = {}
+    response_format: ResponseFormat = ResponseFormat(type="text")  # of OpenAI's only chats have it
     structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
@@ -194,11 +195,6 @@ class Body(Part):
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_tokens
-
-    @property
-    def answer_format(self) -> ResponseFormat:
-        """What the answer is to look like."""
-        return ResponseFormat(type="text")
 
     @property
     def packing(self) -> dict[str, Any]:
@@ -223,7 +219,6 @@ class ChatBody(Body):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: TemplateOptions = TemplateOptions()
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
-    response_format: ResponseFormat = ResponseFormat(type="text")
 
     @model_validator(mode="after")
     def _wants_logprobs(self) -> Self:
@@ -234,10 +229,6 @@ class ChatBody(Body):
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def answer_format(self) -> ResponseFormat:
-        return self.response_format
 
     @property
     def num_logprobs(self) -> int | None:

@@ -54,6 +54,11 @@ async def test_other_servers_names_for_it_work_on_both_paths(wanted, part):
     assert part in await grammar_of(COMPLETIONS, body)
 
 
+async def test_a_completion_is_held_to_a_schema_as_a_chat_is():
+    body = {"model": MODEL, "prompt": "a", "response_format": named(SCHEMA)}
+    assert '"integer"' in await grammar_of(COMPLETIONS, body)
+
+
 async def test_what_a_loose_schema_leaves_out_is_said_in_a_header():
     harness = Harness(ANSWER)
     wanted = named(SCHEMA | {"not": {"type": "string"}, 'odd"\n\\ø': 1})
