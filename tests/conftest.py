@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Both before torch is imported. How threads wait: see packlight.cli. Processes of pytest-xdist share the cores already.
@@ -21,6 +22,9 @@ from packlight.models.opened import OpenedModel, open_model
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("packlight", deadline=None)
 hypothesis.settings.load_profile("packlight")
+
+# Who is started in the background by a shell ignores interrupts, and so do the processes that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.support.redis_servers", "tests.support.tiny_models"]
 

@@ -31,7 +31,7 @@ from tests.support.transport_peer import draw, payload
 pytestmark = pytest.mark.e2e
 
 SIZES = [70_000, 1, 0, 300_001, 4096]
-NOTICED_WITHIN_S = PATIENCE_S + 3.0
+NOTICED_WITHIN_S = PATIENCE_S + 15.0  # what is not noticed stays so for ever; a busy machine takes its time
 
 
 class Peer:
