@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 
 import torch
-import triton  # type: ignore[import-not-found]
-import triton.language as tl  # type: ignore[import-not-found]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # A tile of keys and the turns of queries beside it have to fit the memory of a multiprocessor; a turn's scores, up to

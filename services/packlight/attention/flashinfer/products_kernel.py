@@ -10,8 +10,8 @@ Legend as in `bounds.py`, Y = n * K heads.
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-not-found]
-import triton.language as tl  # type: ignore[import-not-found]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # Numbers of summaries that one program holds at once: 32 pages of head dim 128.
