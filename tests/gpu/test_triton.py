@@ -8,6 +8,7 @@ from packlight.compress.device_window import DeviceWindow, has_kernel
 from packlight.compress.window import window_attention
 from packlight.kv.pool import KVPool
 from tests.support.packing import draw, view_of
+from tests.support.page_bounds import ragged_bounds
 from tests.support.paged_rows import model_spec
 
 pytestmark = pytest.mark.gpu
@@ -20,17 +21,8 @@ def test_products_of_pages(dtype, head_dim, group, num_pages):
     """Pages that a head does not have are NaN, and neither read nor left undefined."""
     if not has_triton(torch.device("cuda")):
         pytest.skip("Triton is not installed")
-    generator = torch.Generator().manual_seed(num_pages)
-    bounds = torch.randn(2000, 2 * head_dim, generator=generator).to(dtype)
-    bounds[1000:] = torch.nan
-    pages = torch.randint(1000, (3, 2, num_pages), generator=generator, dtype=torch.int32)
-    num_stored = torch.randint(1, num_pages + 1, (3, 2), generator=generator)
-    is_stored = torch.arange(num_pages) < num_stored[..., None]
-    pages[~is_stored] = 1500
-    probe = torch.randn(3, 2, group, 2 * head_dim, generator=generator)
-    given = [x.cuda() for x in (probe, bounds, pages, num_stored)]
-    got, expected = compiled_products(*given).cpu(), gathered_products(probe, bounds, pages, num_stored)
-    is_stored = is_stored[:, :, None].expand_as(got)
+    given, is_stored = ragged_bounds(dtype, head_dim, group, num_pages)
+    got, expected = compiled_products(*(x.cuda() for x in given)).cpu(), gathered_products(*given)
     torch.testing.assert_close(got[is_stored], expected[is_stored], atol=1e-4, rtol=1e-5)
     assert not got[~is_stored].any()
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from packlight.attention.flashinfer.bounds import gathered_products
+from tests.support.page_bounds import ragged_bounds
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None,
@@ -23,17 +24,7 @@ pytestmark = pytest.mark.skipif(
 def test_products_of_pages(dtype, head_dim, group, num_pages):
     """Pages that a head does not have are NaN, and neither read nor left undefined."""
     kernel = importlib.import_module("packlight.attention.flashinfer.products_kernel")
-    generator = torch.Generator().manual_seed(num_pages)
-    bounds = torch.randn(200, 2 * head_dim, generator=generator).to(dtype)
-    bounds[100:] = torch.nan
-    pages = torch.randint(100, (3, 2, num_pages), generator=generator, dtype=torch.int32)
-    num_stored = torch.randint(1, num_pages + 1, (3, 2), generator=generator)
-    is_stored = torch.arange(num_pages) < num_stored[..., None]
-    pages[~is_stored] = 150
-    probe = torch.randn(3, 2, group, 2 * head_dim, generator=generator)
-    got, expected = (
-        products(probe, bounds, pages, num_stored) for products in (kernel.page_products, gathered_products)
-    )
-    is_stored = is_stored[:, :, None].expand_as(got)
+    given, is_stored = ragged_bounds(dtype, head_dim, group, num_pages)
+    got, expected = kernel.page_products(*given), gathered_products(*given)
     torch.testing.assert_close(got[is_stored], expected[is_stored], atol=1e-4, rtol=1e-5)
     assert not got[~is_stored].any()
