@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 
+import httpx
 import openai
 import pytest
 
@@ -86,7 +87,7 @@ def test_a_decode_worker_frozen_in_mid_stream(cluster, client):
 
 
 def test_redis_dies_and_comes_back(cluster, client, request):
-    prompts = [f"{number} {'is the beginning of a prompt that is worth caching':>80}" for number in range(6)]
+    prompts = [f"{number:02} {'is the beginning of a prompt that is worth caching':>800}" for number in range(16)]
     for prompt in prompts:
         assert ask(client, prompt)[0] == expected(prompt, 8)
     cluster.kill("redis")
@@ -115,11 +116,15 @@ def test_redis_dies_and_comes_back(cluster, client, request):
 
     eventually(heals)
     for prompt in prompts:
-        eventually(lambda p=prompt: 5 in held_pages(cluster, p).values(), what="prefill workers say what they hold")
+        eventually(lambda p=prompt: 50 in held_pages(cluster, p).values(), what="prefill workers say what they hold")
+    num_hits = 0
     for prompt in prompts:
         tokens, usage = ask(client, prompt)
         assert tokens == expected(prompt, 8)
-        assert usage.prompt_tokens_details.cached_tokens == 80
+        num_hits += usage.prompt_tokens_details.cached_tokens == 800
+    # A router that knows nothing finds half of them. One that knows goes elsewhere where that looks quicker, or where
+    # Redis was slow to answer.
+    assert num_hits > 12
 
 
 def held_pages(cluster: RunningCluster, prompt: str) -> dict[str, int]:
@@ -191,7 +196,7 @@ def test_ending_the_cluster_lets_running_requests_finish(cluster, client):
     stream = Stream(client, prompt, NUM_TOKENS)
     stream.read(10)
     cluster.process.popen.send_signal(signal.SIGTERM)
-    eventually(lambda: is_draining_or_gone(cluster), timeout_s=2.0)
+    eventually(lambda: is_draining_or_gone(cluster))
     with pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
         ask(client, "And I came late")
     assert stream.read_all() == expected(prompt, NUM_TOKENS)
@@ -202,4 +207,8 @@ def test_ending_the_cluster_lets_running_requests_finish(cluster, client):
 
 
 def is_draining_or_gone(cluster: RunningCluster) -> bool:
-    return bool(health_of(cluster.url)["draining"])
+    """Gone: the whole answer waits in the socket for a test that was slow to ask."""
+    try:
+        return bool(health_of(cluster.url)["draining"])
+    except httpx.TransportError:
+        return True
