@@ -89,6 +89,7 @@ def shadows(yes: int, no: int) -> dict[str, str]:
 
 READY, WORKERS = f"packlight_router_ready{{{ROUTER}, %s}}", f"packlight_router_workers{{{ROUTER}, %s}}"
 OLDEST = f"packlight_%s_oldest_queued_timestamp_seconds{{{WORKER}}}"
+EXPIRY = f"packlight_%s_certificate_expiry_timestamp_seconds{{{WORKER}}}"
 RETRIES = f'packlight_router_retries_total{{{ROUTER}, type="WorkerLost"}}'
 LOST = f'packlight_router_errors_total{{{ROUTER}, type="WorkerLost"}}'
 RECIPE = f'{ROUTER}, recipe="%s"'
@@ -122,6 +123,14 @@ CASES = (
     Case("PacklightPagesExhausted", False, 10, pages("prefill", 0, 60, 40), WORKER),  # a full cache is a good one
     Case("PacklightIndexAway", True, 5, {f"packlight_router_index_available{{{ROUTER}}}": "1 0x9"}),
     Case("PacklightIndexAway", False, 5, {f"packlight_router_index_available{{{ROUTER}}}": "1x3 0 1x9"}),
+    *(
+        case
+        for role in CATALOGUE
+        for case in (
+            Case("PacklightCertificateEnds", True, 10, {EXPIRY % role: "21600x15"}, WORKER),
+            Case("PacklightCertificateEnds", False, 10, {EXPIRY % role: "86400x15"}, WORKER),
+        )
+    ),
     *(
         case
         for name in ("ShipmentCorrupt", "ShipmentIncompatible")

@@ -144,8 +144,12 @@ def test_a_renewed_certificate_is_shown_and_answers_go_on(
 ) -> None:
     stream, before = Stream(client, "a long answer", 200), issued(ours)
     stream.read(3)
-    ours.issue(not_after=in_days(7))
+    until = in_days(7)
+    ours.issue(not_after=until)
     assert issued(ours) != before
+    for name in ("router", *WORKERS):
+        expiry = f"packlight_{name.partition('-')[0]}_certificate_expiry_timestamp_seconds"
+        assert cluster.metrics(name)[expiry] == int(until.timestamp())
     for name in WORKERS:
         assert certificate_of(cluster, name) == issued(ours)
     assert ask(client, "And now?")[0] == expected("And now?", 8)

@@ -14,12 +14,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from packlight.core.types import KVUsage, Timings
 from packlight.telemetry.catalogue import CATALOGUE, Kind, catalogue_markdown, full_name
 from packlight.telemetry.logs import log_event, set_up_logging
-from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics, RouterMetrics
+from packlight.telemetry.metrics import DecodeMetrics, PrefillMetrics, ProcessMetrics, RouterMetrics
 
 
 def use_everything(registry: CollectorRegistry) -> None:
     """Calls every method of every role once."""
     router, prefill, decode = RouterMetrics(registry), PrefillMetrics(registry), DecodeMetrics(registry)
+    for role in CATALOGUE:
+        ProcessMetrics(role, registry).follow_certificate(lambda: 1.8e9)
     router.request_started("chat")
     router.request_ended("chat", "completed", 0.5)
     router.count_error("QueueFull")

@@ -96,6 +96,10 @@ class CredentialFiles:
                 self._renew()
             return self._credentials
 
+    def valid_until(self) -> float:
+        """Unix seconds: when the current certificate ends."""
+        return self.current().valid_until
+
     def _renew(self) -> None:
         try:
             self._credentials = read_credentials(self._config)

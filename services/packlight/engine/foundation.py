@@ -24,6 +24,7 @@ from packlight.fleet.heart import worker_identity
 from packlight.fleet.registry import build_fleet
 from packlight.models.grammar import Grammars, open_grammars
 from packlight.models.opened import OpenedModel, open_model
+from packlight.telemetry.metrics import ProcessMetrics
 from packlight.telemetry.traces import Traces, open_traces
 
 
@@ -59,6 +60,8 @@ async def open_foundation(
         traces = open_traces(config.telemetry)
         closing.push_async_callback(asyncio.to_thread, traces.close)
         tls = open_credentials(config.tls)
+        if tls is not None:
+            ProcessMetrics(role, http.registry).follow_certificate(tls.valid_until)
         fleet = build_fleet(config.fleet, environ, time.monotonic)
         closing.push_async_callback(fleet.close)
         if section.threads:

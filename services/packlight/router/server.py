@@ -30,7 +30,7 @@ from packlight.router.clients import GrpcDecodeClients
 from packlight.router.limits import Gate
 from packlight.router.pipeline import Pipeline
 from packlight.router.service import ServedModel
-from packlight.telemetry.metrics import RouterMetrics
+from packlight.telemetry.metrics import ProcessMetrics, RouterMetrics
 from packlight.telemetry.traces import open_traces
 from packlight.wire.channel import Dialer
 
@@ -115,6 +115,8 @@ async def serve(
     clients = GrpcDecodeClients(Dialer(tls))
     view = _view(config.fleet, fleet, index, clients)
     metrics = RouterMetrics(CollectorRegistry())
+    if tls is not None:
+        ProcessMetrics("router", metrics.registry).follow_certificate(tls.valid_until)
     tracer = traces.tracer("router", environ.get("POD_NAME") or f"router-{socket.gethostname()}-{os.getpid()}")
     pipeline = Pipeline(
         config.router, opened.spec, index, view, clients, metrics, tracer=tracer, speaks_tls=tls is not None

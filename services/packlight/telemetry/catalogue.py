@@ -56,6 +56,12 @@ SHARE = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.
 PREDICTION = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 NATS = (1e-5, 1e-4, 1e-3, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
+PROCESS = (
+    _gauge(
+        "certificate_expiry_timestamp_seconds",
+        "Unix time at which the certificate ends that this process shows the fleet. Only with `tls`.",
+    ),
+)
 SHIPMENT = (
     _histogram("kept_tokens", TOKENS, "Prompt tokens kept per KV head, mean over layers and heads.", "recipe"),
     _counter("shipped_bytes", "Bytes of KV that were shipped.", "recipe"),
@@ -158,9 +164,9 @@ DECODE = (
 
 CATALOGUE: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
     {
-        "router": ROUTER + SHIPMENT,
-        "prefill": WORKER + PREFILL + SHIPMENT,
-        "decode": WORKER + DECODE + SHIPMENT,
+        "router": PROCESS + ROUTER + SHIPMENT,
+        "prefill": PROCESS + WORKER + PREFILL + SHIPMENT,
+        "decode": PROCESS + WORKER + DECODE + SHIPMENT,
     }
 )
 

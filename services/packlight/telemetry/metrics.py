@@ -15,6 +15,17 @@ from packlight.core.types import KVUsage, Timings
 from packlight.telemetry.instruments import Instruments, Shipments
 
 
+class ProcessMetrics:
+    """What every process shows, whatever its role."""
+
+    def __init__(self, role: str, registry: CollectorRegistry) -> None:
+        self._expiry = Instruments(role, registry).gauge("certificate_expiry_timestamp_seconds")
+
+    def follow_certificate(self, valid_until: Callable[[], float]) -> None:
+        """`valid_until`, in Unix seconds, is asked whenever metrics are, from any thread."""
+        self._expiry.set_function(valid_until)
+
+
 class RouterMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
