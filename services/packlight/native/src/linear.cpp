@@ -20,7 +20,7 @@ void packlight_rows(const PacklightLinear* linear, const int64_t* rows, int64_t 
   const int64_t depth = linear->depth;
   together(num_threads, [&](Worker& worker) {
     uint16_t* own_room = room ? room + worker.thread() * kBlock * depth : nullptr;
-    worker.each(num_rows, [&](int64_t i) {
+    worker.each(num_rows, [&](int64_t i, int64_t) {
       const int64_t row = rows[i], column = row % kBlock;
       const uint16_t* weights = panels_of(*linear, row / kBlock, own_room);
       weights += column / kPanel * kTileSize + column % kPanel * 2;

@@ -40,10 +40,17 @@ PACKLIGHT_ONCE inline void scale_and_shift(const PacklightLinear& linear, int64_
   }
 }
 
+// To be fetched: the panels of a block, without their scales.
+inline Ahead ahead_of(const PacklightLinear& linear, int64_t block) {
+  const int64_t bits = linear.format == PACKLIGHT_BF16 ? 16 : linear.format == PACKLIGHT_INT8 ? 8 : 4;
+  const int64_t num_bytes = kBlock * linear.depth * bits / 8;
+  return Ahead(static_cast<const char*>(linear.panels) + block * num_bytes, num_bytes);
+}
+
 // A few rows times quantised weights, unpacked on the way. False where that is not to be had: unpack first.
 inline bool multiply_codes([[maybe_unused]] Blocks& blocks, const PacklightLinear& linear,
                            [[maybe_unused]] int64_t block,
-                           [[maybe_unused]] const uint16_t* x, int64_t num_rows,
+                           [[maybe_unused]] const uint16_t* x, int64_t num_rows, [[maybe_unused]] Ahead& ahead,
                            [[maybe_unused]] float (*out)[kBlock]) {
   if (linear.format == PACKLIGHT_BF16 || num_rows > kPanel) return false;
 #if PACKLIGHT_LEVEL >= 4
@@ -52,11 +59,11 @@ inline bool multiply_codes([[maybe_unused]] Blocks& blocks, const PacklightLinea
   const int rows = static_cast<int>(num_rows);
   if (linear.format == PACKLIGHT_INT8) {
     Int8Tiles codes(static_cast<const int8_t*>(linear.panels) + first);
-    blocks.tiles().coded_block(x, depth, rows, codes, depth, out);
+    blocks.tiles().coded_block(x, depth, rows, codes, depth, ahead, out);
   } else {
     const uint16_t* scales = static_cast<const uint16_t*>(linear.scales) + first / kTileDepth * 2;
     Int4Tiles codes(static_cast<const uint8_t*>(linear.panels) + first / 2, scales);
-    blocks.tiles().coded_block(x, depth, rows, codes, depth, out);
+    blocks.tiles().coded_block(x, depth, rows, codes, depth, ahead, out);
   }
   return true;
 #else
@@ -72,17 +79,18 @@ void multiply(Worker& worker, const PacklightLinear& linear, const uint16_t* x, 
   const int64_t num_pieces = (num_rows + kRowsPerPiece - 1) / kRowsPerPiece;
   uint16_t* own_room = room ? room + worker.thread() * kBlock * linear.depth : nullptr;
   Blocks blocks;
-  worker.each(num_pieces * num_blocks, [&](int64_t piece) {
+  worker.each(num_pieces * num_blocks, [&](int64_t piece, int64_t next) {
     const int64_t block = piece % num_blocks, column = block * kBlock;
     const int64_t first = piece / num_blocks * kRowsPerPiece, last = std::min(first + kRowsPerPiece, num_rows);
     const int width = static_cast<int>(std::min<int64_t>(kBlock, linear.num_columns - column));
     alignas(64) float out[kBlock][kBlock];
-    const bool done = multiply_codes(blocks, linear, block, x, num_rows, out);
+    Ahead ahead = next < 0 ? Ahead() : ahead_of(linear, next % num_blocks);
+    const bool done = multiply_codes(blocks, linear, block, x, num_rows, ahead, out);
     const uint16_t* panels = done ? nullptr : panels_of(linear, block, own_room);
     for (int64_t row = first; row < last; row += kBlock) {
       const int here = static_cast<int>(std::min<int64_t>(kBlock, last - row));
       if (!done) {
-        blocks.multiply(x + row * linear.depth, linear.depth, here, panels, linear.depth, row == first, out);
+        blocks.multiply(x + row * linear.depth, linear.depth, here, panels, linear.depth, ahead, out);
       }
       for (int i = 0; i < here; ++i) {
         scale_and_shift(linear, column, width, out[i]);

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "linear_ahead.h"
 #include "linear_lanes.h"
 #include "linear_unpack.h"
 
@@ -18,20 +19,18 @@
 
 namespace packlight::linear {
 
-constexpr int kPrefetch = 4096;  // elements of a block: far enough ahead to hide memory, near enough to stay in cache
-
 // How many rows share one pass over the weights: as many as their sums fit into registers.
 constexpr int kRowsAtOnce = PACKLIGHT_LEVEL >= 2 ? 8 : PACKLIGHT_LEVEL >= 1 ? 2 : 1;
 
 // `rows[i]` are read in pairs; they may repeat.
 template <int kRows>
-PACKLIGHT_ONCE void dot_rows(const uint16_t* const* rows, const uint16_t* panels, int64_t depth, float (*out)[kBlock]) {
+PACKLIGHT_ONCE void dot_rows(const uint16_t* const* rows, const uint16_t* panels, int64_t depth, Ahead& ahead,
+                             float (*out)[kBlock]) {
   Sums sums[kRows][2];
   for (int64_t k = 0; k < depth; k += kTileDepth, panels += 2 * kTileSize) {
     for (int line = 0; line < kLinesPerTile; ++line) {
       const uint16_t *first = panels + line * kLine, *second = first + kTileSize;
-      __builtin_prefetch(first + kPrefetch);
-      __builtin_prefetch(second + kPrefetch);
+      ahead.fetch(4 * kLine);
       const Pairs left = Pairs::of_panel(first), right = Pairs::of_panel(second);
       for (int row = 0; row < kRows; ++row) {
         const PairOfRow x = pair_of_row(rows[row] + k + 2 * line);
@@ -46,16 +45,17 @@ PACKLIGHT_ONCE void dot_rows(const uint16_t* const* rows, const uint16_t* panels
   }
 }
 
-inline void dot_block(
-    const uint16_t* x, int64_t stride, int num_rows, const uint16_t* panels, int64_t depth, float (*out)[kBlock]) {
+inline void dot_block(const uint16_t* x, int64_t stride, int num_rows, const uint16_t* panels, int64_t depth,
+                      Ahead& ahead, float (*out)[kBlock]) {
   const uint16_t* rows[kRowsAtOnce];
   for (int row = 0; row < num_rows; row += kRowsAtOnce) {
     const int here = std::min(kRowsAtOnce, num_rows - row);
     for (int i = 0; i < kRowsAtOnce; ++i) rows[i] = x + (row + std::min(i, here - 1)) * stride;
     if (here == 1) {
-      dot_rows<1>(rows, panels, depth, out + row);
+      dot_rows<1>(rows, panels, depth, ahead, out + row);
     } else {
-      dot_rows<kRowsAtOnce>(rows, panels, depth, out + row);  // a short group repeats its last row; `out` has room
+      // A short group repeats its last row; `out` has room.
+      dot_rows<kRowsAtOnce>(rows, panels, depth, ahead, out + row);
     }
   }
 }
@@ -76,24 +76,23 @@ class Tiles {
     if (rows_) _tile_release();
   }
 
-  // `fresh`: the panels are still in memory.
-  void block(const uint16_t* x, int64_t stride, int num_rows, const uint16_t* panels, int64_t depth, bool fresh,
+  void block(const uint16_t* x, int64_t stride, int num_rows, const uint16_t* panels, int64_t depth, Ahead& ahead,
              float (*out)[kBlock]) {
     configure(num_rows);
     if (num_rows <= kPanel) {
       Bf16Tiles tiles{panels};
-      short_block(x, stride, tiles, depth, fresh, out);
+      short_block(x, stride, tiles, depth, ahead, out);
     } else {
-      long_block(x, stride, panels, depth, fresh, out);
+      long_block(x, stride, panels, depth, ahead, out);
     }
   }
 
   // At most 16 rows with weights that are unpacked on the way.
   template <class Codes>
-  void coded_block(const uint16_t* x, int64_t stride, int num_rows, Codes& codes, int64_t depth,
+  void coded_block(const uint16_t* x, int64_t stride, int num_rows, Codes& codes, int64_t depth, Ahead& ahead,
                    float (*out)[kBlock]) {
     configure(num_rows);
-    short_block(x, stride, codes, depth, false, out);
+    short_block(x, stride, codes, depth, ahead, out);
   }
 
  private:
@@ -116,18 +115,14 @@ class Tiles {
     _tile_loadconfig(&config);
   }
 
-  static void prefetch_tiles(const uint16_t* tiles) {
-    for (int line = 0; line < 2 * kLinesPerTile; ++line) __builtin_prefetch(tiles + line * kLine);
-  }
-
   template <class PanelTiles>
   PACKLIGHT_ONCE static void short_block(const uint16_t* x, int64_t stride, PanelTiles& tiles, int64_t depth,
-                                         bool fresh, float (*out)[kBlock]) {
+                                         Ahead& ahead, float (*out)[kBlock]) {
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t k = 0; k < depth; k += kTileDepth) {
       const uint16_t *first = tiles(0, k), *second = tiles(1, k);
-      if (fresh) prefetch_tiles(first + kPrefetch);
+      ahead.fetch(PanelTiles::kStepBytes);
       asm volatile("" ::: "memory");  // the compiler does not see that a tile load reads what was just unpacked
       _tile_loadd(4, x + k, 2 * stride);
       _tile_loadd(6, first, kLineBytes);
@@ -140,13 +135,13 @@ class Tiles {
   }
 
   PACKLIGHT_ONCE static void long_block(const uint16_t* x, int64_t stride, const uint16_t* panels, int64_t depth,
-                         bool fresh, float (*out)[kBlock]) {
+                         Ahead& ahead, float (*out)[kBlock]) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += kTileDepth, panels += 2 * kTileSize) {
-      if (fresh) prefetch_tiles(panels + kPrefetch);
+      ahead.fetch(Bf16Tiles::kStepBytes);
       _tile_loadd(4, x + k, 2 * stride);
       _tile_loadd(6, panels, kLineBytes);
       _tile_dpbf16ps(0, 4, 6);
@@ -170,13 +165,13 @@ class Tiles {
 // What a thread keeps while it works through blocks.
 class Blocks {
  public:
-  // `out` has room for 32 rows; those past `num_rows` come out undefined. `fresh`: the panels are still in memory.
+  // `out` has room for 32 rows; those past `num_rows` come out undefined.
   void multiply(const uint16_t* x, int64_t stride, int num_rows, const uint16_t* panels, int64_t depth,
-                [[maybe_unused]] bool fresh, float (*out)[kBlock]) {
+                Ahead& ahead, float (*out)[kBlock]) {
 #if PACKLIGHT_LEVEL >= 4
-    if (may_use_tiles()) return tiles_.block(x, stride, num_rows, panels, depth, fresh, out);
+    if (may_use_tiles()) return tiles_.block(x, stride, num_rows, panels, depth, ahead, out);
 #endif
-    dot_block(x, stride, num_rows, panels, depth, out);
+    dot_block(x, stride, num_rows, panels, depth, ahead, out);
   }
 
 #if PACKLIGHT_LEVEL >= 4

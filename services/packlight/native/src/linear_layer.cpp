@@ -9,7 +9,7 @@ using namespace packlight::linear;
 namespace {
 
 void normalise(Worker& worker, const PacklightStep& step, const float* weight) {
-  worker.each(step.num_tokens, [&](int64_t row) {
+  worker.each(step.num_tokens, [&](int64_t row, int64_t) {
     const int64_t at = row * step.hidden_size;
     rms_norm(step.hidden + at, weight, step.hidden_size, step.epsilon, step.normed + at);
   });
@@ -51,7 +51,7 @@ void turn(const PacklightStep& step, int64_t token, const float* norm, uint16_t*
 
 void split_heads(Worker& worker, const PacklightStep& step, const PacklightLayer& layer) {
   const int64_t num_heads = step.num_heads, num_kv_heads = step.num_kv_heads, dim = step.head_dim;
-  worker.each(step.num_tokens, [&](int64_t token) {
+  worker.each(step.num_tokens, [&](int64_t token, int64_t) {
     uint16_t* from = step.qkv + token * (num_heads + 2 * num_kv_heads) * dim;
     for (int64_t head = 0; head < num_heads; ++head, from += dim) {
       turn(step, token, layer.q_norm, from, step.q + (token * num_heads + head) * dim);

@@ -37,14 +37,17 @@ class Worker {
 
   int thread() const { return omp_get_thread_num(); }
 
-  // `work(i)` for every i below `count`; returns when all of them are done. Dealt in runs, which prefetching likes.
+  // `work(i, next)` for every i below `count`; returns when all of them are done. Dealt in runs. `next` is what this
+  // thread works on after i, or -1.
   template <class Work>
   void each(int64_t count, Work&& work) {
     const int64_t grain = std::max<int64_t>(1, count / (kRunsPerThread * size_));
     std::atomic<int64_t>& dealt = team_.dealt[stage_++];
-    for (int64_t first; (first = dealt.fetch_add(grain, std::memory_order_relaxed)) < count;) {
+    for (int64_t first = dealt.fetch_add(grain, std::memory_order_relaxed), next; first < count; first = next) {
       const int64_t last = std::min(first + grain, count);
-      for (int64_t i = first; i < last; ++i) work(i);
+      for (int64_t i = first; i + 1 < last; ++i) work(i, i + 1);
+      next = dealt.fetch_add(grain, std::memory_order_relaxed);
+      work(last - 1, next < count ? next : -1);
     }
     wait();
   }

@@ -9,7 +9,7 @@
 
 namespace packlight::linear {
 
-constexpr int kAhead = 4096;  // bytes of codes: unpacking reads memory as it comes
+constexpr int kScalesAhead = 1024;  // elements: they come beside the codes, which are fetched block by block
 constexpr uint32_t kUpper = 0xffff0000u, kHalfStep = 0x8000;  // of the last place that bfloat16 keeps
 
 #if PACKLIGHT_LEVEL >= 2
@@ -82,7 +82,6 @@ struct Group {
 // `codes`: [num_lines][2][16]. Seven bits are exact in bfloat16; the scale comes at the end.
 PACKLIGHT_ONCE inline void unpack_int8(const int8_t* codes, int64_t num_lines, uint16_t* out) {
   for (int64_t line = 0; line < num_lines; ++line, codes += kLine, out += kLine) {
-    __builtin_prefetch(codes + kAhead);
     unpack_int8_line(codes, out);
   }
 }
@@ -91,21 +90,23 @@ PACKLIGHT_ONCE inline void unpack_int8(const int8_t* codes, int64_t num_lines, u
 // scale of each column and then a least value of each.
 PACKLIGHT_ONCE inline void unpack_int4(const uint8_t* codes, const uint16_t* scales, uint16_t* out) {
   const Group group(scales);
-  __builtin_prefetch(scales + kAhead / 4);
+  __builtin_prefetch(scales + kScalesAhead);
   for (int line = 0; line < kLinesPerTile; ++line, codes += kPanel, out += kLine) {
-    __builtin_prefetch(codes + kAhead);
     group.unpack_line(codes, out);
   }
 }
 
 // The tiles of a block, one at a time: where it lies, or unpacked into a little room of its own, which stays in the
-// first-level cache. For a few rows: memory, unpacking and multiplying then overlap.
+// first-level cache. For a few rows: memory, unpacking and multiplying then overlap. `kStepBytes` is what both panels'
+// tiles of a k take in memory.
 struct Bf16Tiles {
+  static constexpr int64_t kStepBytes = 4 * kTileSize;
   const uint16_t* block;
   const uint16_t* operator()(int panel, int64_t k) const { return block + kBlock * k + panel * kTileSize; }
 };
 
 struct Int8Tiles {
+  static constexpr int64_t kStepBytes = 2 * kTileSize;
   const int8_t* block;
   alignas(64) uint16_t room[2][kTileSize];
   explicit Int8Tiles(const int8_t* from) : block(from) {}
@@ -116,6 +117,7 @@ struct Int8Tiles {
 };
 
 struct Int4Tiles {
+  static constexpr int64_t kStepBytes = kTileSize;
   const uint8_t* block;
   const uint16_t* scales;
   alignas(64) uint16_t room[2][kTileSize];
