@@ -52,9 +52,29 @@ def regex_grammar(pattern: str) -> str:
 
 def choice_grammar(choices: Sequence[str]) -> str:
     """Answers that are one of `choices`, none of them empty."""
+    return lark_grammar(f"start: {' | '.join(map(literal, choices))}")
+
+
+def lark_grammar(rules: str) -> str:
+    """Answers that follow `rules`, in llguidance's dialect of Lark. They begin at `start`."""
+    return LLMatcher.grammar_from_lark(rules)
+
+
+def literal(text: str) -> str:
+    """Of a rule: exactly this text, which is not empty."""
     # Literals of Lark are written as those of JSON.
-    literals = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-    return LLMatcher.grammar_from_lark(f"start: {literals}")
+    return json.dumps(text, ensure_ascii=False)
+
+
+def special_token(token_id: int) -> str:
+    """Of a rule: a token that has no text."""
+    return f"<[{token_id}]>"
+
+
+def json_of(schema: Mapping[str, Any], *, is_lenient: bool = False) -> str:
+    """Of a rule: JSON of this schema, as in `json_grammar`."""
+    options = {"x-guidance": {**_SPACING, "lenient": is_lenient}}
+    return f"%json {json.dumps({**schema, **options}, ensure_ascii=False)}"
 
 
 def check_grammar(grammar: str) -> list[str]:

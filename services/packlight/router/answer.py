@@ -12,8 +12,9 @@ from typing import Any
 
 from packlight.core.types import ModelSpec
 from packlight.router.choice import Choice, Delta, ShownToken
-from packlight.router.dialect import Dialect, Json
+from packlight.router.dialect import Answered, Dialect, Json
 from packlight.router.job import Job
+from packlight.router.tools.calls import CallDelta
 from packlight.router.usage import usage_counts
 
 
@@ -61,10 +62,12 @@ class StreamedAnswer:
             self._opened[delta.index] = True
             if opening := self._dialect.opening(delta.index):
                 yield opening
-        if delta.text or delta.tokens:
+        if delta.text or delta.calls or delta.tokens:
             yield self._dialect.piece(delta, with_logprobs=_wants_logprobs(self._choices[delta.index]))
-        if delta.finish_reason is not None:
-            yield self._dialect.closing(delta.index, delta.finish_reason)
+        # Choices may be ahead of the deltas that tell of them.
+        ending = self._choices[delta.index].ending
+        if delta.finish_reason is not None and ending is not None:
+            yield self._dialect.closing(delta.index, ending)
 
     def _chunk(self, choices: list[Json]) -> Json:
         chunk = self._envelope.around(self._dialect.chunk_object, choices)
@@ -81,21 +84,28 @@ class WholeAnswer:
     def __init__(self, dialect: Dialect[Any], envelope: Envelope, choices: Sequence[Choice]) -> None:
         self._dialect, self._envelope, self._choices = dialect, envelope, choices
         self._pieces: list[list[str]] = [[] for _ in choices]
+        self._calls: list[dict[int, CallDelta]] = [{} for _ in choices]
         self._tokens: list[list[ShownToken]] = [[] for _ in choices]
 
     def add(self, delta: Delta) -> None:
         self._pieces[delta.index].append(delta.text)
         self._tokens[delta.index].extend(delta.tokens)
+        calls = self._calls[delta.index]
+        for piece in delta.calls:
+            begun = calls.get(piece.index)
+            calls[piece.index] = piece if begun is None else begun.followed_by(piece)
 
     def body(self, report: Json) -> Json:
         """Once every choice has its finish reason."""
-        choices = [self._whole(choice) for choice in self._choices]
+        choices = [self._dialect.whole(self._answered(choice)) for choice in self._choices]
         return {**self._envelope.around(self._dialect.whole_object, choices), "usage": report}
 
-    def _whole(self, choice: Choice) -> Json:
-        assert choice.finish_reason is not None, "an answer is written when all its choices are done"
-        tokens = self._tokens[choice.index] if _wants_logprobs(choice) else None
-        return self._dialect.whole(choice.index, "".join(self._pieces[choice.index]), tokens, choice.finish_reason)
+    def _answered(self, choice: Choice) -> Answered:
+        assert choice.ending is not None, "an answer is written when all its choices are done"
+        index = choice.index
+        tokens = tuple(self._tokens[index]) if _wants_logprobs(choice) else None
+        calls = tuple(self._calls[index].values())
+        return Answered(index, "".join(self._pieces[index]), calls, tokens, choice.ending)
 
 
 def _wants_logprobs(choice: Choice) -> bool:

@@ -7,16 +7,17 @@ null where it has nothing to say.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from packlight.core.types import FinishReason, Token
+from packlight.core.types import Token
 from packlight.router.choice import Delta, ShownToken
-from packlight.router.dialect import Json, clip
+from packlight.router.dialect import Answered, Json, clip
 from packlight.router.instructions import Instructions
 from packlight.router.prompts import PromptLimits
 from packlight.router.schema import ChatBody, Message
 from packlight.router.service import ServedModel
 from packlight.router.thinking import asks_to_think, thinks_by_default
+from packlight.router.tools.calls import CallDelta
+from packlight.router.tools.model import CallRules, ModelTools, told_of
 
 
 class ChatDialect:
@@ -31,11 +32,12 @@ class ChatDialect:
         self._tokenizer = model.tokenizer
         self._limits = limits
         self._instructions = Instructions()
+        self._tools = ModelTools(model.tokenizer, model.spec)
         self._thinks_by_default = thinks_by_default(model.tokenizer)
 
     def prompts(self, body: ChatBody, max_prompts: int) -> list[list[int]]:
-        num_bytes = sum(len((message.content or "").encode()) for message in body.messages)
-        self._limits.check(num_bytes, self.prompt_param)
+        self._limits.check(sum(map(_num_bytes, body.messages)), self.prompt_param)
+        self._limits.check(len(told_of(body.usable_tools).encode()), "tools")
         return [self._tokens(body.messages, body)]
 
     def is_reasoning(self, body: ChatBody) -> bool:
@@ -45,30 +47,37 @@ class ChatDialect:
         def tokenise(messages: Sequence[Message]) -> list[int]:
             return self._tokens(messages, body)
 
-        options = body.chat_template_kwargs
-        return self._instructions.num_tokens(body.messages, token_ids, limit, tokenise, options)
+        options, tools = body.chat_template_kwargs, told_of(body.usable_tools)
+        return self._instructions.num_tokens(body.messages, token_ids, limit, tokenise, options, preface=tools)
+
+    def call_rules(self, body: ChatBody, token_ids: Sequence[int]) -> CallRules | None:
+        return self._tools.rules(body, token_ids, is_reasoning=self.is_reasoning(body))
 
     def opening(self, index: int) -> Json:
         return _choice(index, {"role": "assistant", "content": "", "refusal": None})
 
     def piece(self, delta: Delta, *, with_logprobs: bool) -> Json:
         logprobs = self._logprobs(delta.tokens) if with_logprobs else None
-        return _choice(delta.index, {"content": delta.text}, logprobs)
+        content = {"content": delta.text} if delta.text or not delta.calls else {}
+        calls = {"tool_calls": [_call_piece(call) for call in delta.calls]} if delta.calls else {}
+        return _choice(delta.index, content | calls, logprobs)
 
-    def closing(self, index: int, reason: FinishReason) -> Json:
+    def closing(self, index: int, reason: str) -> Json:
         return _choice(index, {}, reason=reason)
 
-    def whole(self, index: int, text: str, tokens: Sequence[ShownToken] | None, reason: FinishReason) -> Json:
+    def whole(self, answered: Answered) -> Json:
+        content = answered.text if answered.text or not answered.calls else None
+        calls = {"tool_calls": [_whole_call(call) for call in answered.calls]} if answered.calls else {}
         return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None if tokens is None else self._logprobs(tokens),
-            "finish_reason": reason.value,
+            "index": answered.index,
+            "message": {"role": "assistant", "content": content, "refusal": None, **calls},
+            "logprobs": None if answered.tokens is None else self._logprobs(answered.tokens),
+            "finish_reason": answered.reason,
         }
 
     def _tokens(self, messages: Sequence[Message], body: ChatBody) -> list[int]:
-        options = body.chat_template_kwargs.model_dump(exclude_none=True)
-        shown = [_for_template(message) for message in messages]
+        shown, tools = self._tools.shown(messages, body.usable_tools)
+        options = body.chat_template_kwargs.model_dump(exclude_none=True) | tools
         return self._tokenizer.apply_chat_template(shown, add_generation_prompt=True, **options)
 
     def _logprobs(self, tokens: Sequence[ShownToken]) -> Json:
@@ -83,16 +92,22 @@ class ChatDialect:
         return {"token": raw.decode(errors="replace"), "logprob": clip(logprob), "bytes": list(raw)}
 
 
-def _choice(index: int, delta: Json, logprobs: Json | None = None, reason: FinishReason | None = None) -> Json:
-    return {
-        "index": index,
-        "delta": delta,
-        "logprobs": logprobs,
-        "finish_reason": None if reason is None else reason.value,
-    }
+def _choice(index: int, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it. Templates of open models know the developer as `system`."""
-    fields = message.model_dump(exclude_none=True)
-    return fields | {"role": "system"} if message.role == "developer" else fields
+def _call_piece(call: CallDelta) -> Json:
+    """The first piece of a call names it, later ones only continue its arguments."""
+    if call.name:
+        return {"index": call.index, **_whole_call(call)}
+    return {"index": call.index, "function": {"arguments": call.arguments}}
+
+
+def _whole_call(call: CallDelta) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.call_id, "type": "function", "function": function}
+
+
+def _num_bytes(message: Message) -> int:
+    texts = [message.content or "", *(call.function.arguments for call in message.tool_calls or ())]
+    return sum(len(text.encode()) for text in texts)

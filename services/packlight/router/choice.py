@@ -4,6 +4,7 @@ Knows token bytes, UTF-8 and stop strings. Does not know JSON, HTTP or where tok
 give the same text, however they are grouped, which is why a stream and a plain answer agree.
 
     token ids ──bytes──▶ incremental UTF-8 decoder ──characters──▶ StopFinder ──text that is safe to show──▶ Delta
+                                                                               └──▶ CallReader ──content, calls──┘
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from packlight.compress.policy import Decision, Plan
 from packlight.core.types import Finished, FinishReason, GenerateRequest, Token, Usage
 from packlight.router.service import Tokenizer
 from packlight.router.stops import StopFinder
+from packlight.router.tools.calls import CallDelta, Heard
+from packlight.router.tools.reader import CallReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +31,12 @@ class ShownToken:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one event adds to the choice `index`. `tokens` begin in `text`; they are there only when log-probabilities
-    are wanted. The last delta of a choice has a finish reason."""
+    """What one event adds to the choice `index`. `tokens` begin in `text` or in calls; they are there only when
+    log-probabilities are wanted. The last delta of a choice has a finish reason."""
 
     index: int
     text: str = ""
+    calls: tuple[CallDelta, ...] = ()
     tokens: tuple[ShownToken, ...] = ()
     finish_reason: FinishReason | None = None
 
@@ -41,7 +45,8 @@ class Choice:
     """The text of one answer so far.
 
     Hidden, though counted: special tokens, and the token that ends the answer. A token's log-probability is shown with
-    the text it begins in; tokens that begin at or after a completed stop string are dropped with their text.
+    the text it begins in; tokens that begin at or after a completed stop string are dropped with their text. With a
+    `reader` the text is read for calls, and special tokens that mark them are read with it.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Choice:
         tokenizer: Tokenizer,
         stops: Sequence[str] = (),
         plan: Plan | None = None,
+        reader: CallReader | None = None,
     ) -> None:
         self.index = index
         self.request = request
@@ -64,6 +70,8 @@ class Choice:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._finder = StopFinder(stops)
+        self._reader = reader
+        self._marks = {} if reader is None else {token: mark.encode() for token, mark in reader.marks.items()}
         self._num_decoded = 0
         self._num_shown = 0
         self._pending: list[ShownToken] = []
@@ -81,6 +89,12 @@ class Choice:
                 break
         return self._delta("".join(pieces))
 
+    @property
+    def ending(self) -> str | None:
+        """Why it ended, in OpenAI's words. An answer that was cut is cut, whatever it called."""
+        calls = self._reader is not None and self._reader.num_calls > 0
+        return "tool_calls" if calls and self.finish_reason is FinishReason.STOP else self.finish_reason
+
     def finish(self, finished: Finished) -> Delta:
         """The backend is done: whatever was held back comes out, half a character as U+FFFD."""
         self.usage = finished.usage
@@ -94,7 +108,7 @@ class Choice:
     def _take(self, token: Token) -> str:
         self.num_generated += 1
         if self._is_hidden(token.token_id):
-            return ""
+            return self._decoded(self._marks[token.token_id]) if token.token_id in self._marks else ""
         if self.request.sampling.num_logprobs is not None:
             self._pending.append(ShownToken(token, self._num_decoded))
         return self._decoded(self._tokenizer.token_bytes(token.token_id))
@@ -111,7 +125,19 @@ class Choice:
 
     def _delta(self, text: str) -> Delta:
         self._num_shown += len(text)
-        return Delta(self.index, text, self._release(), self.finish_reason)
+        if self._reader is None:
+            return Delta(self.index, text, (), self._release(), self.finish_reason)
+        heard = self._heard(self._reader, text)
+        return Delta(self.index, heard.content, heard.calls, self._release(), self.finish_reason)
+
+    def _heard(self, reader: CallReader, text: str) -> Heard:
+        heard = reader.push(text)
+        if reader.is_done and self.finish_reason is None:
+            self.finish_reason = FinishReason.STOP
+        if self.finish_reason is None:
+            return heard
+        rest = reader.finish()
+        return Heard(heard.content + rest.content, heard.calls + rest.calls)
 
     def _release(self) -> tuple[ShownToken, ...]:
         whole_text_shown = self.finish_reason is not None and not self._finder.matched

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 from packlight.core.errors import InvalidRequest
-from packlight.core.types import FinishReason
 from packlight.router.choice import Delta, ShownToken
-from packlight.router.dialect import Json, clip
+from packlight.router.dialect import Answered, Json, clip
 from packlight.router.params import check_token_id
 from packlight.router.prompts import PromptLimits
 from packlight.router.schema import CompletionBody
@@ -48,17 +47,22 @@ class CompletionDialect:
         """A text has no parts."""
         return 0
 
+    def call_rules(self, body: CompletionBody, token_ids: Sequence[int]) -> None:
+        """A text calls nobody."""
+        return None
+
     def opening(self, index: int) -> None:
         return None
 
     def piece(self, delta: Delta, *, with_logprobs: bool) -> Json:
         return _choice(delta.index, delta.text, self._logprobs(delta.tokens) if with_logprobs else None)
 
-    def closing(self, index: int, reason: FinishReason) -> Json:
+    def closing(self, index: int, reason: str) -> Json:
         return _choice(index, "", None, reason)
 
-    def whole(self, index: int, text: str, tokens: Sequence[ShownToken] | None, reason: FinishReason) -> Json:
-        return _choice(index, text, None if tokens is None else self._logprobs(tokens), reason)
+    def whole(self, answered: Answered) -> Json:
+        logprobs = None if answered.tokens is None else self._logprobs(answered.tokens)
+        return _choice(answered.index, answered.text, logprobs, answered.reason)
 
     def _tokens(self, prompt: Any, path: str) -> list[int]:
         if isinstance(prompt, str):
@@ -97,12 +101,12 @@ def _is_token(item: Any) -> bool:
     return isinstance(item, int) and not isinstance(item, bool) and item >= 0
 
 
-def _choice(index: int, text: str, logprobs: Json | None, reason: FinishReason | None = None) -> Json:
+def _choice(index: int, text: str, logprobs: Json | None, reason: str | None = None) -> Json:
     return {
         "text": text,
         "index": index,
         "logprobs": logprobs,
-        "finish_reason": None if reason is None else reason.value,
+        "finish_reason": reason,
     }
 
 

@@ -6,17 +6,30 @@ Knows nothing itself. A dialect turns a body into prompts and a choice into JSON
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from packlight.core.types import FinishReason
 from packlight.router.choice import Delta, ShownToken
 from packlight.router.schema import Body
+from packlight.router.tools.calls import CallDelta
+from packlight.router.tools.model import CallRules
 
 B = TypeVar("B", bound=Body)
 Json = dict[str, Any]
 
 # -inf is not JSON. Log-probabilities are those of the raw distribution, before penalties, temperature and filters.
 MIN_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A complete choice. `calls` are whole, in their order; `tokens` is None when no log-probabilities are wanted."""
+
+    index: int
+    text: str
+    calls: tuple[CallDelta, ...]
+    tokens: tuple[ShownToken, ...] | None
+    reason: str
 
 
 class Dialect(Protocol[B]):
@@ -42,17 +55,19 @@ class Dialect(Protocol[B]):
         """How many of the prompt's first tokens instruct rather than ask: 0, or at most `limit`."""
         ...
 
+    def call_rules(self, body: B, token_ids: Sequence[int]) -> CallRules | None:
+        """What may be called in the answer to a prompt, and how. Raises InvalidRequest."""
+        ...
+
     def opening(self, index: int) -> Json | None:
         """What a stream says of a choice before its text."""
         ...
 
     def piece(self, delta: Delta, *, with_logprobs: bool) -> Json: ...
 
-    def closing(self, index: int, reason: FinishReason) -> Json: ...
+    def closing(self, index: int, reason: str) -> Json: ...
 
-    def whole(self, index: int, text: str, tokens: Sequence[ShownToken] | None, reason: FinishReason) -> Json:
-        """A complete choice. `tokens` is None when no log-probabilities are wanted."""
-        ...
+    def whole(self, answered: Answered) -> Json: ...
 
 
 def clip(logprob: float | None) -> float:

@@ -132,13 +132,14 @@ class _Exchange:
         )
         slot.grow(len(job.requests))
         self._note(job)
-        tokenizer = self._services.model.tokenizer
-        self._choices = [
-            Choice(index, request, tokenizer, job.stops, plan)
-            for index, (request, plan) in enumerate(zip(job.requests, job.plans, strict=True))
-        ]
+        self._choices = [self._choice(job, index) for index in range(len(job.requests))]
         async with Generation(self._services.backend, self._choices, self._services.clock) as generation:
             await (self._send_stream if job.stream else self._send_whole)(job, generation)
+
+    def _choice(self, job: Job, index: int) -> Choice:
+        request = job.requests[index]
+        reader = job.calls.reader(request.request_id) if job.calls else None
+        return Choice(index, request, self._services.model.tokenizer, job.stops, job.plans[index], reader)
 
     async def _send_stream(self, job: Job, generation: Generation) -> None:
         answer = StreamedAnswer(job, self._dialect, self._envelope(), self._choices)

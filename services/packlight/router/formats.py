@@ -30,7 +30,7 @@ def answer_format(body: Body, spec: ModelSpec, *, is_reasoning: bool) -> Format:
     wanted = body.response_format
     if body.structured_outputs is not None:
         if wanted.type != "text":
-            raise _refusal("Use either 'response_format' or 'structured_outputs'.", "structured_outputs")
+            raise refusal("Use either 'response_format' or 'structured_outputs'.", "structured_outputs")
         param, grammar = _structured(body.structured_outputs)
     elif wanted.type == "text":
         return Format()
@@ -38,7 +38,7 @@ def answer_format(body: Body, spec: ModelSpec, *, is_reasoning: bool) -> Format:
         param, grammar = "response_format", json_grammar(ANY_OBJECT)
     else:
         param, grammar = "response_format.json_schema.schema", _schema(wanted.json_schema)
-    _refuse_contradictions(body, spec, param.partition(".")[0], is_reasoning)
+    refuse_contradictions(body, spec, param.partition(".")[0], is_reasoning)
     return Format(grammar, _checked(grammar, param))
 
 
@@ -59,22 +59,23 @@ def _checked(grammar: str, param: str) -> tuple[str, ...]:
     try:
         return tuple(check_grammar(grammar))
     except InvalidRequest as error:
-        raise _refusal(f"Invalid '{param}': {error.message}", param) from None
+        raise refusal(f"Invalid '{param}': {error.message}", param) from None
 
 
-def _refuse_contradictions(body: Body, spec: ModelSpec, param: str, is_reasoning: bool) -> None:
+def refuse_contradictions(body: Body, spec: ModelSpec, param: str, is_reasoning: bool) -> None:
+    """Raises InvalidRequest for a body that asks for more than the grammar that `param` asks for allows."""
     if not spec.eos_token_ids:
-        raise _refusal(f"'{param}' needs a model that ends its answers, and this one names no end token.", param)
+        raise refusal(f"'{param}' needs a model that ends its answers, and this one names no end token.", param)
     if is_reasoning:
-        raise _refusal(
+        raise refusal(
             f"'{param}' cannot be held to by a model that thinks first: add "
             '"chat_template_kwargs": {"enable_thinking": false}.',
             param,
         )
     for name, is_given in (("ignore_eos", body.ignore_eos), ("min_tokens", body.min_tokens > 0)):
         if is_given:
-            raise _refusal(f"'{name}' cannot be combined with '{param}', which says where the answer ends.", name)
+            raise refusal(f"'{name}' cannot be combined with '{param}', which says where the answer ends.", name)
 
 
-def _refusal(message: str, param: str) -> InvalidRequest:
+def refusal(message: str, param: str) -> InvalidRequest:
     return InvalidRequest(message, param=param, code="invalid_value")

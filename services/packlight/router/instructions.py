@@ -68,6 +68,7 @@ class Instructions:
         limit: int,
         tokenise: Tokenise,
         options: Hashable = None,
+        preface: str = "",
     ) -> int:
         """Of the prompt `token_ids`, how many first tokens the longest run of leading messages takes that fits in
         `limit`.
@@ -75,8 +76,11 @@ class Instructions:
         A run is the system messages, then whole turns of user and assistant, never the last question. Its tokens are
         those that the prompt shares with a conversation in which something else is asked after the run; so templates
         that put the system prompt inside a question are understood too. `tokenise` is given short conversations only,
-        and few; `options` are what else its tokens depend on."""
-        runs = _short_runs(messages, limit * _BYTES_PER_TOKEN)
+        and few; `options` are what else its tokens depend on. `preface` is what a prompt says before, or
+        within, its first message, such as its tools: it instructs too, even before a question that nothing precedes.
+        """
+        runs = _short_runs(messages, limit * _BYTES_PER_TOKEN, preface)
+        options = (options, preface)
         low, high, best = 0, len(runs), 0
         middle = high - 1  # mostly all of them fit
         while low < high:
@@ -122,9 +126,10 @@ class Instructions:
                 self._known.popitem(last=False)
 
 
-def _short_runs(messages: Sequence[Message], max_bytes: int) -> list[int]:
+def _short_runs(messages: Sequence[Message], max_bytes: int, preface: str) -> list[int]:
     """How many messages each run has that is short enough, ascending. A question follows every run."""
-    runs, num_bytes, before = [], 0, ""
+    num_bytes, before = len(preface.encode()), ""
+    runs = [0] if preface and num_bytes <= max_bytes and messages[0].role == "user" else []
     for index, (message, following) in enumerate(pairwise(messages), start=1):
         num_bytes += len((message.content or "").encode()) + _TOKENS_AROUND_MESSAGE * _BYTES_PER_TOKEN
         role = "system" if message.role == "developer" else message.role
@@ -138,5 +143,4 @@ def _short_runs(messages: Sequence[Message], max_bytes: int) -> list[int]:
 
 def _said(message: Message) -> Hashable:
     """All that a template sees of a message."""
-    calls = repr(message.tool_calls) if message.tool_calls else None
-    return message.role, message.content, message.name, message.tool_call_id, calls
+    return message.role, message.content, message.name, message.tool_call_id, repr(message.tool_calls)

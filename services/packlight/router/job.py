@@ -20,13 +20,15 @@ from packlight.router.dialect import Dialect
 from packlight.router.formats import answer_format
 from packlight.router.params import answer_room, derive_seed, sampling_params, stop_rules
 from packlight.router.schema import Body, StreamOptions
+from packlight.router.tools.model import CallRules
 from packlight.router.validate import read_request
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """A valid request. `requests` and `plans` hold one entry per choice, in the order of the choices' indices.
-    `ignored` are fields that are not known, `loosened` what of a schema the answer is not held to."""
+    `ignored` are fields that are not known, `loosened` what of a schema the answer is not held to, `calls` what may be
+    called in it."""
 
     answer_id: str
     requests: tuple[GenerateRequest, ...]
@@ -39,6 +41,7 @@ class Job:
     explain: bool
     ignored: list[str]
     loosened: tuple[str, ...] = ()
+    calls: CallRules | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -70,10 +73,12 @@ class JobReader:
         rooms = [self._room(body, tokens, dialect.prompt_param) for tokens in prompts]
         plans = [self._plan(body, tokens, dialect) for tokens in prompts]
         options = body.stream_options or StreamOptions()
+        calls = dialect.call_rules(body, prompts[0])
         wanted = answer_format(body, self._spec, is_reasoning=dialect.is_reasoning(body))
+        grammar = calls.grammar if calls else wanted.grammar
         return Job(
             answer_id=answer_id,
-            requests=self._requests(body, prompts, rooms, plans, wanted.grammar, answer_id, time_left_s(), trace),
+            requests=self._requests(body, prompts, rooms, plans, grammar, answer_id, time_left_s(), trace),
             plans=tuple(plan for plan in plans for _ in range(body.n)),
             num_samples=body.n,
             stops=tuple(body.stop),
@@ -82,7 +87,8 @@ class JobReader:
             running_usage=options.continuous_usage_stats,
             explain=body.explain,
             ignored=ignored,
-            loosened=wanted.loosened,
+            loosened=calls.loosened if calls else wanted.loosened,
+            calls=calls,
         )
 
     def _most_prompts(self, body: Body) -> int:

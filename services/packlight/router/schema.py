@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
+from packlight.router.parts import Part, fault
+from packlight.router.tools.schema import MAX_TOOLS, Tool, ToolCall, ToolChoice, as_choice, check_ids, check_names
 from packlight.router.wording import PRINTABLE_NAME
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -22,17 +23,6 @@ Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0)]
 # The option of the `kv` object that asks for a report and not for a packing.
 _EXPLAIN = "explain"
-
-
-class Part(BaseModel):
-    """Strict, because `"1"` is not 1; errors of lists stop at the first item, so that a bad body costs one error."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
-
-
-def fault(code: str, message: str, path: str = "") -> PydanticCustomError:
-    """A finding of our own validators; `path` is where, below the field that is validated."""
-    return PydanticCustomError(code, "{text}", {"text": message, "path": path})
 
 
 def _as_list(value: Any) -> Any:
@@ -82,6 +72,12 @@ Stops = Annotated[
     FailFast(),
     BeforeValidator(_as_list),
 ]
+ToolCalls = Annotated[
+    list[ToolCall],
+    Field(max_length=MAX_TOOLS),
+    FailFast(),
+    BeforeValidator(lambda calls: calls or []),
+]
 
 
 class Message(Part):
@@ -89,7 +85,7 @@ class Message(Part):
     content: Annotated[str | None, BeforeValidator(_as_text, json_schema_input_type=str | list[Any])] = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: ToolCalls = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -118,7 +114,7 @@ class TemplateOptions(Part):
 class JsonSchema(Part):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
-    wanted: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    wanted: dict[str, Any] = Field(alias="schema", default_factory=dict)
     strict: bool = False
 
 
@@ -161,11 +157,11 @@ class Body(Part):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1, le=128)] = 1
     max_tokens: Count | None = None
-    stop: Stops = []
+    stop: Stops = Field(default_factory=list)
     seed: Int64 | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
     stream: bool = False
     stream_options: StreamOptions | None = None
     prompt_cache_options: CacheOptions = CacheOptions()
@@ -176,9 +172,9 @@ class Body(Part):
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128), FailFast()] = []
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128), FailFast()] = Field(default_factory=list)
     cache_salt: Annotated[str, Field(max_length=128, pattern=r"^[^@/\\\x00]*$")] = ""
-    kv: Annotated[dict[str, Any], BeforeValidator(_plain_options)] = {}
+    kv: Annotated[dict[str, Any], BeforeValidator(_plain_options)] = Field(default_factory=dict)
     response_format: ResponseFormat = ResponseFormat(type="text")  # of OpenAI's only chats have it
     structured_outputs: StructuredOutputs | None = None
 
@@ -219,12 +215,26 @@ class ChatBody(Body):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: TemplateOptions = TemplateOptions()
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FailFast()] = Field(default_factory=list)
+    tool_choice: Annotated[ToolChoice | None, BeforeValidator(as_choice)] = None
+    parallel_tool_calls: bool = True
+
+    @model_validator(mode="after")
+    def _refers_to_what_there_is(self) -> Self:
+        check_names(self.tools, self.tool_choice)
+        check_ids([(one.tool_calls, one.tool_call_id if one.role == "tool" else None) for one in self.messages])
+        return self
 
     @model_validator(mode="after")
     def _wants_logprobs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise fault("invalid_value", "It is only allowed when 'logprobs' is true.", "top_logprobs")
         return self
+
+    @property
+    def usable_tools(self) -> list[Tool]:
+        """The tools that the model is told of: with the choice `none` it is as if there were none."""
+        return [] if self.tool_choice is not None and self.tool_choice.type == "none" else self.tools
 
     @property
     def max_new_tokens(self) -> int | None:

@@ -98,7 +98,7 @@ def _asked(request: GenerateRequest, job: Job) -> Attributes:
 
 def _answered(told: Told, job: Job) -> Attributes:
     report = usage_report(job, told.choices, told.prepare_s)
-    reasons = [choice.finish_reason.value for choice in told.choices if choice.finish_reason is not None]
+    reasons = [choice.ending for choice in told.choices if choice.ending is not None]
     return {
         "gen_ai.response.id": told.answer_id,
         "gen_ai.response.finish_reasons": reasons or None,

@@ -6,6 +6,7 @@ template does by default is found out by asking it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from packlight.core.errors import InvalidRequest
@@ -15,7 +16,9 @@ from packlight.router.service import Tokenizer
 _NO_EFFORT = ("none", "minimal")
 _QUESTION = [{"role": "user", "content": "Why?"}]
 # (opened, closed): what reasoning models put around their thoughts.
-_TAGS = ((b"<think>", b"</think>"), (b"<thinking>", b"</thinking>"), (b"[THINK]", b"[/THINK]"))
+THOUGHT_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
+# A template opens thoughts with its last words.
+_LAST_TOKENS = 32
 
 
 def asks_to_think(body: ChatBody, *, by_default: bool) -> bool:
@@ -40,9 +43,20 @@ def thinks_by_default(tokenizer: Tokenizer) -> bool:
         return False
     is_switched_on = usual == _asked(tokenizer, enable_thinking=True) != _asked(tokenizer, enable_thinking=False)
     none, low, high = (_asked(tokenizer, reasoning_effort=effort) for effort in ("none", "low", "high"))
-    text = b"".join(map(tokenizer.token_bytes, usual))
-    is_open = any(text.rfind(opened) > text.rfind(closed) for opened, closed in _TAGS)
+    text = _text(usual, tokenizer)
+    is_open = any(text.rfind(opened) > text.rfind(closed) for opened, closed in THOUGHT_TAGS)
     return is_switched_on or is_open or (low != high and usual != none)
+
+
+def open_thought(token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The tag that will end the thoughts that a prompt opens with its last words. Empty where it opens none, whatever
+    the user wrote before."""
+    text = _text(token_ids[-_LAST_TOKENS:], tokenizer).rstrip()
+    return next((closed for opened, closed in THOUGHT_TAGS if text.endswith(opened)), "")
+
+
+def _text(token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    return b"".join(map(tokenizer.token_bytes, token_ids)).decode(errors="replace")
 
 
 def _asked(tokenizer: Tokenizer, **options: Any) -> list[int] | None:

@@ -80,7 +80,7 @@ _MAX_WARNING_CHARS = 200
 def read_request(data: bytes, body_type: type[B]) -> tuple[B, list[str]]:
     """The body, and the names of the fields that were ignored. Raises InvalidRequest."""
     fields = _without_nulls(_parse(data))
-    _refuse_unsupported(fields)
+    _refuse_unsupported(fields, body_type)
     try:
         body = body_type.model_validate(fields)
     except ValidationError as error:
@@ -136,8 +136,10 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse_unsupported(fields: dict[str, Any]) -> None:
+def _refuse_unsupported(fields: dict[str, Any], body_type: type[Body]) -> None:
     for name, value in fields.items():
+        if name in body_type.model_fields:
+            continue
         asks_nothing = _UNSUPPORTED.get(name, () if name.startswith(_UNSUPPORTED_PREFIX) else None)
         if asks_nothing is not None and value not in asks_nothing:
             shown = name if name in _UNSUPPORTED or PRINTABLE_NAME.fullmatch(name) else _UNSUPPORTED_PREFIX + "*"

@@ -116,8 +116,6 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
         "structured_outputs",
         "invalid_value",
     ),
-    ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-    ({"tool_choice": "auto"}, "tool_choice", "unsupported_parameter"),
     ({"guided_json": {}}, "guided_json", "unsupported_parameter"),
     ({"guided_\nx": 1}, "guided_*", "unsupported_parameter"),
     ({"structured_outputs": {}}, "structured_outputs", "invalid_value"),

@@ -207,7 +207,7 @@ def test_calls_of_tools_are_told_apart() -> None:
     tokenizer = Templated("{% for m in messages %}{{ m.role }} {{ m.tool_calls }}{{ m.content }}\n{% endfor %}")
     instructions = Instructions()
     for name in ("look", "listen"):
-        call = Message(role=ASSISTANT, tool_calls=[{"name": name}])
+        call = Message(role=ASSISTANT, tool_calls=[{"id": "1", "function": {"name": name, "arguments": ""}}])
         messages = [*chat((USER, "one")), call, *chat(ASK)]
         ids = tokenizer.of(messages)
         text = tokenizer.text(ids[: instructions.num_tokens(messages, ids, 1000, tokenizer.of)])
