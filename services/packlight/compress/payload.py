@@ -25,6 +25,7 @@ from packlight.compress.codecs.native import NativeCodec
 from packlight.compress.layout import pages_of, total_pages
 from packlight.compress.pack import PackedLayer
 from packlight.core.errors import ShipmentCorrupt
+from packlight.kv.side_stream import moved
 
 
 class SplitPayload(NamedTuple):
@@ -129,6 +130,4 @@ def _page_indices(codec: Codec, lengths: Sequence[int], page_size: int, device: 
         return torch.arange(total_pages(lengths, page_size), device=device), torch.arange(0, device=device)
     is_open = tokens_per_page(lengths, page_size) < page_size
     coded, partial = (~is_open).nonzero()[:, 0], is_open.nonzero()[:, 0]
-    if device.type == "cpu":
-        return coded, partial
-    return coded.pin_memory().to(device, non_blocking=True), partial.pin_memory().to(device, non_blocking=True)
+    return moved(coded, device), moved(partial, device)

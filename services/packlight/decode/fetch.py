@@ -1,7 +1,8 @@
 """Fetching the KV of one request: calling the prefill worker and taking its shipment in, event by event.
 
-Knows the call and its silence limit. Leaves the checks to `intake.py` and what an event means for the request to
-`worker.py`. Ending the iterator ends the call, which frees everything on the prefill worker.
+Knows the call and its silence limit, and waits for pages that are filled beside steps. Leaves the checks to `intake.py`
+and what an event means for the request to `worker.py`. Ending the iterator ends the call, which frees everything on the
+prefill worker.
 """
 
 from __future__ import annotations
@@ -11,12 +12,20 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
 from packlight.core.config import DecodeConfig
-from packlight.core.errors import CapacityError, PacklightError, RequestError, ShipmentCorrupt, WorkerLost
+from packlight.core.errors import (
+    CapacityError,
+    InternalError,
+    PacklightError,
+    RequestError,
+    ShipmentCorrupt,
+    WorkerLost,
+)
 from packlight.core.shipping import Accepted, FirstToken, PrefillClient, PrefillEvent, Shipped, Waiting
 from packlight.core.types import GenerateRequest, PrefillRequest
 from packlight.decode.intake import Intake
 from packlight.decode.memory import DecodeMemory
 from packlight.decode.task import Task
+from packlight.kv.side_stream import Done
 from packlight.transfer.base import Site
 from packlight.transfer.registry import build_transport
 
@@ -40,8 +49,8 @@ class Fetcher:
 
     async def fetch(self, task: Task) -> AsyncGenerator[Accepted | FirstToken | Shipped, None]:
         """The events the worker cares about; layers are stored as they pass. `Shipped` comes last and only when every
-        layer is there. Raises what the prefill worker raised (`worker_id` names it), WorkerLost on silence, or what
-        `Intake` raised."""
+        layer is in its pages. Raises what the prefill worker raised (`worker_id` names it), WorkerLost on silence,
+        InternalError if the device does not take a layer, or what `Intake` raised."""
         request = task.request
         client = self._clients(request.prefill_id, request.prefill_address)
         intake = self._intake(task)
@@ -58,11 +67,13 @@ class Fetcher:
                             yield event
                         case Shipped():
                             intake.finish(event)
+                            await _ended(task.holding.filled)
                             yield event
                             return
                         case _:
                             intake.take(event)
                             task.received_bytes = intake.num_bytes
+                            await _ended(self._memory.in_the_way)
         except (CapacityError, RequestError):
             intake.refused()
             raise
@@ -106,3 +117,12 @@ class Fetcher:
             explain=request.explain,
             trace=request.trace,
         )
+
+
+async def _ended(copy: Done | None) -> None:
+    """Waits on a thread: an event of a device has nobody to call. A caller that is cancelled does not stop the copy."""
+    try:
+        if copy is not None and not copy.query():
+            await asyncio.to_thread(copy.synchronize)
+    except RuntimeError as error:
+        raise InternalError(f"arrived KV could not be copied to the device: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 
 from packlight.compress.evict import mass_bytes, split_mass
 from packlight.compress.recipes import codec_of
@@ -125,6 +126,8 @@ class Intake:
         if mass_due:
             payload, mass = split_mass(payload, lengths)
             self._memory.remember(self._holding, layer, lengths, mass)
-        self._unpacker.store(pages, lengths, payload, self._memory.summaries_for(self._holding))
+        summaries = self._memory.summaries_for(self._holding)
+        store = partial(self._unpacker.store, pages, lengths, summaries=summaries)
+        self._memory.fill(self._holding, payload, store)
         self.num_layers += 1
         self.num_bytes += due

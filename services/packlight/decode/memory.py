@@ -11,7 +11,7 @@ Legend: X head pages of one layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,9 +22,11 @@ from packlight.compress.readers.shared import Readers
 from packlight.core.errors import InternalError, InvalidRequest
 from packlight.core.types import GenerateRequest, ModelSpec, PackSpec
 from packlight.decode.admission import Needs, Reservation, Reservations
+from packlight.decode.uploads import Uploads
 from packlight.kv.pool import PackedPool
 from packlight.kv.reading import MIN_PAGES, Reading
 from packlight.kv.shards import SummarisedPool, open_book
+from packlight.kv.side_stream import Done, moved
 from packlight.kv.summaries import PageSummaries, SummaryWriter
 from packlight.kv.table import HeadPageTable
 
@@ -32,7 +34,7 @@ from packlight.kv.table import HeadPageTable
 @dataclass(slots=True, eq=False)
 class Holding:
     """One request's share. `row` of the table is its own from `open` to `close`; `reading` None is dense; `hitters`
-    are there once all layers are, if the request evicts."""
+    are there once all layers are, if the request evicts. Its pages are filled when `filled` is done, or None."""
 
     pack: PackSpec
     needs: Needs
@@ -41,14 +43,16 @@ class Holding:
     row: int = -1
     arrived: list[Arrived] = field(default_factory=list)
     hitters: HeavyHitters | None = None
+    filled: Done | None = None
 
 
 class DecodeMemory:
     """The holdings of one worker, in the pages of `pool`. Not thread-safe: one owner calls it, between steps or, for
-    holdings that are in no step, during one."""
+    holdings that are in no step, during one. `uploads` fill pages beside steps; without them, pages are filled at once.
+    """
 
     def __init__(self, spec: ModelSpec, pool: PackedPool, *, num_rows: int) -> None:
-        self._spec, self.pool = spec, pool
+        self._spec, self.pool, self.uploads = spec, pool, Uploads.into(pool)
         self.book = open_book(pool.num_head_pages, num_shards=pool.num_shards, num_kv_heads=pool.num_kv_heads)
         self.reservations = Reservations(pool.num_head_pages)
         self.table = HeadPageTable(
@@ -91,23 +95,38 @@ class DecodeMemory:
         return True
 
     def claim(self, holding: Holding, layer: int, lengths: Sequence[int]) -> Tensor:
-        """Pages for a layer whose heads hold `lengths` tokens, head by head, to be filled: int64 [X]. Raises QueueFull
-        or RequestNeverFits when that is more than was reserved, and more than is free."""
+        """Pages for a layer whose heads hold `lengths` tokens, head by head, to be filled: int64 [X] on the host.
+        Raises QueueFull or RequestNeverFits when that is more than was reserved, and more than is free."""
         holding.reservation.arrive(holding.needs.layer(layer, lengths))
-        return torch.from_numpy(self.table.fill_layer(holding.row, layer, list(lengths))).long().to(self.pool.device)
+        return torch.from_numpy(self.table.fill_layer(holding.row, layer, list(lengths))).long()
+
+    def fill(self, holding: Holding, payload: Tensor, store: Callable[[Tensor], object]) -> None:
+        """`store` the bytes of `payload` in pages that were claimed: now, or beside steps."""
+        if self.uploads is None:
+            store(payload)
+        else:
+            holding.filled = self.uploads.start(payload, store)
 
     def summaries_for(self, holding: Holding) -> SummaryWriter | None:
         """Where the pages of the holding are to be summarised; None if nobody will ask."""
         return self._summary_writer if holding.reading is not None else None
 
+    @property
+    def in_the_way(self) -> Done | None:
+        """What must be done before more layers are taken in; None if there is room for them."""
+        return None if self.uploads is None else self.uploads.in_the_way
+
     def remember(self, holding: Holding, layer: int, lengths: Sequence[int], mass: Tensor) -> None:
         """The attention mass that the prompt gave to the layer's tokens, fp32, head by head."""
         if holding.needs.evicts(layer):
-            holding.arrived.append(Arrived(layer, lengths, mass.to(self.pool.device)))
+            holding.arrived.append(Arrived(layer, lengths, moved(mass, self.pool.device)))
 
     def settle(self, holding: Holding) -> None:
-        """All layers have arrived."""
+        """All layers have arrived, and are in their pages."""
         holding.reservation.settle()
+        if self.uploads is not None:
+            self.uploads.forget_done()
+        holding.filled = None
         if holding.arrived:
             cap = holding.needs.capacity
             assert cap is not None, "mass was remembered for a request that does not evict"
@@ -130,12 +149,16 @@ class DecodeMemory:
         self.table.advance([holding.row for holding in holdings])
 
     def close(self, holding: Holding) -> None:
-        """Release everything."""
+        """Release everything, at once, even if it is still being filled."""
+        if self.uploads is not None and holding.filled is not None:
+            self.uploads.abandon(holding.filled)
         self.pool.release(self.table.held(holding.row))
         self.table.close(holding.row)
+        if self.uploads is not None:
+            self.uploads.freed()
         self._readers.forget(holding.row)
         holding.reservation.close()
-        holding.reading = holding.hitters = None
+        holding.reading = holding.hitters = holding.filled = None
         holding.arrived = []
 
     def check_idle(self) -> None:

@@ -17,6 +17,7 @@ from packlight.compress.parts import CODECS
 from packlight.compress.payload import decode_layer, max_payload_bytes, payload_bytes, split_payload, tokens_per_page
 from packlight.kv.coded import CodedPool
 from packlight.kv.pool import PackedPool
+from packlight.kv.side_stream import moved
 from packlight.kv.summaries import SummaryWriter
 
 
@@ -27,7 +28,8 @@ class Unpacker:
     def __init__(self, pool: PackedPool, codec_name: str, *, pool_codec: str) -> None:
         """`pool_codec` is the name of the pool's own."""
         self._pool: PackedPool = pool
-        self._coded = pool if isinstance(pool, CodedPool) and codec_name == pool_codec else None
+        self._coded = pool if isinstance(pool, CodedPool) else None
+        self._keeps_records = self._coded is not None and codec_name == pool_codec
         self._codec: Codec = CODECS.load(codec_name)()
 
     def payload_bytes(self, lengths: Sequence[int]) -> int:
@@ -39,27 +41,32 @@ class Unpacker:
         num_heads = pool.num_kv_heads
         return max_payload_bytes(self._codec, num_tokens_per_head, num_heads, pool.page_size, pool.head_dim, pool.dtype)
 
-    def store(self, pages_X: Tensor, lengths: Sequence[int], payload: Tensor, summaries: SummaryWriter | None) -> None:
+    def store(
+        self, pages_X: Tensor, lengths: Sequence[int], payload: Tensor, *, summaries: SummaryWriter | None
+    ) -> None:
         """Fill `pages_X`, `lengths[head]` tokens of each head, from `payload`, which is flat uint8 of `payload_bytes`.
-        `summaries` of the pages are made if they are given."""
-        pool, payload = self._pool, payload.to(self._pool.device)
-        num_tokens_X = tokens_per_page(lengths, pool.page_size).to(pool.device)
-        if self._coded is not None:
-            self._store_records(self._coded, pages_X, lengths, payload, num_tokens_X)
+        The pages are empty, their numbers lie on the host. `summaries` of the pages are made if they are given.
+
+        Everything is given to the device's current stream; the host waits for none of it, if `payload` is pinned."""
+        pool, payload = self._pool, payload.to(self._pool.device, non_blocking=True)
+        pages_X, num_tokens_X = moved(pages_X, pool.device), tokens_per_page(lengths, pool.page_size)
+        if self._keeps_records:
+            self._store_records(pages_X, lengths, payload)
             if summaries is None:
                 return
         k_XPD, v_XPD = decode_layer(self._codec, payload, lengths, pool.page_size, pool.head_dim, pool.dtype)
+        if self._coded is not None and not self._keeps_records:
+            self._coded.fill_pages(pages_X, k_XPD, v_XPD, num_tokens_X)  # sorted on the host
+        num_tokens_X = moved(num_tokens_X, pool.device)
         if self._coded is None:
             pool.write_pages(pages_X, k_XPD, v_XPD, num_tokens_X)
         if summaries is not None:
             summaries.build(pages_X, k_XPD, num_tokens_X)
 
-    def _store_records(
-        self, pool: CodedPool, pages_X: Tensor, lengths: Sequence[int], payload: Tensor, num_tokens_X: Tensor
-    ) -> None:
+    def _store_records(self, pages_X: Tensor, lengths: Sequence[int], payload: Tensor) -> None:
         """Whole pages as they are; open ones exact, which is how they travel."""
-        dims = (pool.page_size, pool.head_dim, pool.dtype)
+        assert self._coded is not None
+        dims = (self._coded.page_size, self._coded.head_dim, self._coded.dtype)
         split = split_payload(self._codec, payload, lengths, *dims)
-        pool.write_records(pages_X[split.pages], split.records)
-        k_OPD, v_OPD = NativeCodec().decode(split.open_records, *dims)
-        pool.write_pages(pages_X[split.open_pages], k_OPD, v_OPD, num_tokens_X[split.open_pages])
+        self._coded.fill_records(pages_X[split.pages], split.records)
+        self._coded.fill_open(pages_X[split.open_pages], *NativeCodec().decode(split.open_records, *dims))

@@ -6,11 +6,14 @@ object) nor who holds which page (`kv/pages.py`).
 Legend as in `kv/pool.py`, R bytes of a record, O places for open pages. A head page is in one of three states:
 
     empty ──append──▶ open ──append of its last token──▶ coded
-      ▲  └─────────write_pages, write_records──────────────┘
+      ▲  └────────────fill_* (write_*: any page)───────────┘
       └──────────────────────release────────────────────────
 
 Open pages, at most one per running (row, layer, KV head), lie exact in a store of their own: so a token that was just
 written is exact until its page is full, and what a codec sees is always a whole page.
+
+On a GPU, pages may be filled on another stream than the one that steps run on. Which places are free is known on the
+host, and a place becomes free when the host has waited for whatever read it: no stream needs to wait for another.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from packlight.core.errors import ConfigError, InternalError
 from packlight.core.types import ModelSpec
 from packlight.kv.pages import PageIds
 from packlight.kv.pool import zeros_on_first_touch
+from packlight.kv.side_stream import moved
 
 EMPTY, CODED = -1, -2  # states of a page that has no place in the open store
 STATE = torch.int32
@@ -97,7 +101,7 @@ class CodedPool:
         self._v_open = zeros_on_first_touch(open_shape, dtype, device)
         # Of each page: its place in the open store, or EMPTY or CODED.
         self._state_N = torch.full((self.num_head_pages,), EMPTY, dtype=STATE, device=device)
-        self._free_places = torch.arange(max_open_pages, dtype=torch.int64, device=device)
+        self._free_places = torch.arange(max_open_pages, dtype=torch.int64)
         self._num_free = max_open_pages
         self._places_lock = Lock()
 
@@ -165,19 +169,32 @@ class CodedPool:
     def write_records(self, pages_X: Tensor, records_XR: Tensor) -> None:
         """Store whole head pages that were coded by the same codec, as they came."""
         self._close(pages_X)
+        self.fill_records(pages_X, records_XR)
+
+    def fill_records(self, pages_X: Tensor, records_XR: Tensor) -> None:
+        """As `write_records`, of empty pages: the host does not wait for the device."""
         self._records_NR.index_copy_(0, pages_X, records_XR)
-        self._state_N[pages_X] = CODED
+        self._state_N.index_fill_(0, pages_X, CODED)
 
     def write_pages(self, pages_X: Tensor, k_XPD: Tensor, v_XPD: Tensor, num_tokens_X: Tensor | None = None) -> None:
+        self._close(pages_X)
+        self.fill_pages(pages_X, k_XPD, v_XPD, num_tokens_X)
+
+    def fill_pages(self, pages_X: Tensor, k_XPD: Tensor, v_XPD: Tensor, num_tokens_X: Tensor | None = None) -> None:
+        """As `write_pages`, of empty pages. With `num_tokens_X` on the host, that does not wait for the device."""
         if num_tokens_X is None:
-            self._encode(pages_X, k_XPD, v_XPD)
+            self._fill_whole(pages_X, k_XPD, v_XPD)
             return
         is_whole = num_tokens_X == self.page_size
-        self._encode(pages_X[is_whole], k_XPD[is_whole], v_XPD[is_whole])
-        partial = ~is_whole
-        self._close(pages_X[partial])
-        places = self._open(pages_X[partial])
-        self._k_open[places], self._v_open[places] = k_XPD[partial], v_XPD[partial]
+        whole, partial = (is_there.nonzero()[:, 0] for is_there in (is_whole, ~is_whole))
+        whole, partial = (moved(index, self.device) for index in (whole, partial))
+        self._fill_whole(pages_X[whole], k_XPD[whole], v_XPD[whole])
+        self.fill_open(pages_X[partial], k_XPD[partial], v_XPD[partial])
+
+    def fill_open(self, pages_X: Tensor, k_XPD: Tensor, v_XPD: Tensor) -> None:
+        """As `fill_pages`, none of which is full."""
+        places = self._open(pages_X)
+        self._k_open[places], self._v_open[places] = k_XPD, v_XPD
 
     def append(self, slots_X: Tensor, k_XD: Tensor, v_XD: Tensor) -> None:
         pages_X, offsets_X = slots_X // self.page_size, slots_X % self.page_size
@@ -219,7 +236,12 @@ class CodedPool:
 
     def _encode(self, pages: Tensor, k_XPD: Tensor, v_XPD: Tensor) -> None:
         if len(pages):
-            self.write_records(pages, self._codec.encode(k_XPD, v_XPD, [1] * len(pages)))
+            self._close(pages)
+            self._fill_whole(pages, k_XPD, v_XPD)
+
+    def _fill_whole(self, pages: Tensor, k_XPD: Tensor, v_XPD: Tensor) -> None:
+        if len(pages):
+            self.fill_records(pages, self._codec.encode(k_XPD, v_XPD, [1] * len(pages)))
 
     def _decode(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         records = self._records_NR.index_select(0, pages)
@@ -233,13 +255,14 @@ class CodedPool:
                 raise InternalError(f"coded KV pool: {len(pages)} more pages to open, {room}")
             self._num_free -= len(pages)
             places = self._free_places[self._num_free : self._num_free + len(pages)].clone()
+        places = moved(places, self.device)
         self._k_open[places] = self._v_open[places] = 0
         self._state_N[pages] = places.to(STATE)
         return places
 
     def _close(self, pages: Tensor) -> None:
         """Give the places of those that are open back. Their states are the caller's to set."""
-        places = self._state_N[pages].long()
+        places = self._state_N[pages].long().cpu()
         places = places[places >= 0]
         with self._places_lock:
             self._free_places[self._num_free : self._num_free + len(places)] = places

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from packlight.core.errors import InternalError
 from packlight.core.shipping import ShipFrame
-from packlight.kv.lending import Bytes, Lending, pinned
+from packlight.kv.lending import Bytes, Lending
+from packlight.kv.side_stream import CudaSideStream
 from packlight.transfer.base import KVSender, Pending
 from packlight.transfer.links import now_on
 
@@ -68,21 +69,16 @@ class CudaCopier:
     """Beside what the GPU computes: on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = CudaSideStream(device)
 
     def allocate(self, num_bytes: int) -> Bytes:
-        return pinned(num_bytes)
+        return self._stream.allocate(num_bytes)
 
     def now(self, payload: Tensor) -> Any:
         return now_on(payload)
 
     def start(self, host: Tensor, payload: Tensor, made: Any) -> Copying:
-        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # who waits sleeps
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(made)
-            host.copy_(payload, non_blocking=True)
-            done.record()
-        return done
+        return self._stream.run(partial(host.copy_, payload, non_blocking=True), after=made)
 
 
 @dataclass(eq=False, slots=True)

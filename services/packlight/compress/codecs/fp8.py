@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from packlight.compress.codecs.records import join_fields, numbers, to_dtype
+from packlight.kv.side_stream import moved
 
 E4M3 = torch.float8_e4m3fn
 SCALE_BYTES = torch.float32.itemsize
@@ -43,8 +44,8 @@ class FP8Codec:
 
 def _scales(x_PTD: Tensor, pages_per_head: Sequence[int]) -> Tensor:
     """The scale of each page: fp32 `[P]`, one value per head. A head of zeros has scale 1."""
-    counts = torch.tensor(pages_per_head, dtype=torch.int64, device=x_PTD.device)
-    head_P = torch.arange(len(counts), device=x_PTD.device).repeat_interleave(counts)
+    counts = torch.tensor(pages_per_head, dtype=torch.int64)
+    head_P = moved(torch.arange(len(counts)).repeat_interleave(counts), x_PTD.device)
     largest_P = x_PTD.abs().amax(dim=(1, 2)).float()
     largest_K = largest_P.new_zeros(len(counts)).scatter_reduce(0, head_P, largest_P, "amax")
     scale_K = (largest_K / torch.finfo(E4M3).max).clamp(min=torch.finfo(torch.float32).tiny)
