@@ -388,8 +388,8 @@ async def test_cancelling_one_does_not_disturb_the_others(reach):
 async def test_a_router_that_goes_cancels_all_its_requests_and_nobody_elses():
     async with fake_pair(decode_blocks=512) as pair, loopback(decode_handler(pair.decode)) as (_, channel):
         staying, leaving = GrpcDecodeClient(channel, DECODE_ID), GrpcDecodeClient(channel, DECODE_ID)
+        pair.decode_gate.is_open = False  # first tokens come from prefill; no answer gets to its end
         kept = await begin(staying, make_request(PROMPT, 100, request_id="same id"))
-        pair.decode_gate.is_open = False
         lost = [await begin(leaving, make_request(PROMPT, 100, request_id=name)) for name in ("same id", "other id")]
         assert pair.decode.num_unfinished == 3
         await leaving.close()
@@ -418,8 +418,8 @@ async def test_nobody_there_is_a_lost_worker_at_once():
 async def test_a_server_that_stops_loses_every_request_and_serves_again_when_it_is_back():
     async with fake_pair() as pair, loopback(decode_handler(pair.decode)) as (server, channel):
         client = GrpcDecodeClient(channel, DECODE_ID)
-        streams = [await begin(client, make_request([i + 1] * 9, 60, request_id=str(i))) for i in range(3)]
         pair.decode_gate.is_open = False
+        streams = [await begin(client, make_request([i + 1] * 9, 60, request_id=str(i))) for i in range(3)]
         await server.stop()
         for events in streams:
             _, end = await rest_of(events)

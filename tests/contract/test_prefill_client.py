@@ -397,8 +397,7 @@ async def test_a_slow_reader_who_leaves_frees_the_worker(reach):
             await until(lambda: worker.num_unfinished == 1 and not worker._roster.admitted)
             await asyncio.sleep(0.05)  # until flow control has stopped the server
             assert worker.num_unfinished == 1
-        async with asyncio.timeout(1):
-            await until(lambda: worker.num_unfinished == 0)
+        await until(lambda: worker.num_unfinished == 0)
 
 
 # ── the other end goes away (gRPC only) ──────────────────────────────────────────────────────────────────────────────

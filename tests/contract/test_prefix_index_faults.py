@@ -21,6 +21,10 @@ A, B = Holder("a", 1), Holder("b", 1)
 PATH = page_hashes(range(64), 1, fingerprint=MODEL)
 OTHER = page_hashes(range(100, 164), 1, fingerprint=MODEL)
 BREAKER_S = 5.0
+PATIENT_S = 10.0
+"""A time-out that a busy machine does not reach: what comes of it is the server's doing."""
+AT_ONCE_S = 3.0
+"""Left alone, redis-py tries a dead server for 4 s."""
 
 OpenIndex = Callable[[], PrefixIndex]
 
@@ -42,12 +46,11 @@ async def open_index(server: RedisServer, clock: FakeClock) -> AsyncIterator[Ope
     opened: list[PrefixIndex] = []
 
     def open_index() -> PrefixIndex:
-        config = IndexConfig(backend="redis", timeout_s=0.1, breaker_s=BREAKER_S)
+        config = IndexConfig(backend="redis", timeout_s=PATIENT_S, breaker_s=BREAKER_S)
         opened.append(build_index(config, {"REDIS_URL": server.url}, clock))
         return opened[-1]
 
     yield open_index
-    server.thaw()
     for index in opened:
         await index.close()
 
@@ -55,6 +58,16 @@ async def open_index(server: RedisServer, clock: FakeClock) -> AsyncIterator[Ope
 @pytest.fixture
 def index(open_index: OpenIndex) -> PrefixIndex:
     return open_index()
+
+
+@pytest.fixture
+async def impatient(server: RedisServer) -> AsyncIterator[PrefixIndex]:
+    """In real time. On a busy machine a server that is well may be too slow for it: then it tries again soon."""
+    config = IndexConfig(backend="redis", timeout_s=0.1, breaker_s=0.05)
+    index = build_index(config, {"REDIS_URL": server.url}, time.monotonic)
+    yield index
+    server.thaw()
+    await index.close()
 
 
 async def publish(index: PrefixIndex, holder: Holder = A, *paths: list[bytes]) -> int:
@@ -72,12 +85,25 @@ async def publish(index: PrefixIndex, holder: Holder = A, *paths: list[bytes]) -
     return epoch
 
 
-async def match_until_away(index: PrefixIndex) -> None:
+async def match_until_away(index: PrefixIndex) -> float:
+    """How long the quickest of the calls took that nobody answered."""
+    took_s: list[float] = []
+
     async def is_away() -> bool:
+        started = time.monotonic()
         assert await index.match(MODEL, PATH) == {}
+        took_s.append(time.monotonic() - started)
         return not index.available
 
     await eventually(is_away)
+    return min(took_s)
+
+
+async def until_matched(index: PrefixIndex, num_pages: int) -> None:
+    async def is_matched() -> bool:
+        return await index.match(MODEL, PATH) == {"a": num_pages}
+
+    await eventually(is_matched)
 
 
 async def test_a_killed_server_costs_hits_and_nothing_else(
@@ -87,7 +113,7 @@ async def test_a_killed_server_costs_hits_and_nothing_else(
     server.kill()
     started = time.monotonic()
     assert await index.match(MODEL, PATH) == {}
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < AT_ONCE_S
     assert not index.available
     num_dropped = index.num_dropped
     await index.insert(MODEL, A, OTHER)
@@ -115,36 +141,38 @@ async def test_a_server_that_comes_late_is_found(index: PrefixIndex, server: Red
     assert await index.match(MODEL, PATH) == {"a": 64}
 
 
-async def test_nobody_waits_for_a_frozen_server(index: PrefixIndex, server: RedisServer, clock: FakeClock) -> None:
+async def test_nobody_waits_for_a_frozen_server(
+    index: PrefixIndex, impatient: PrefixIndex, server: RedisServer
+) -> None:
     await publish(index)
+    await until_matched(impatient, 64)
     server.freeze()
-    started = time.monotonic()
-    assert await index.match(MODEL, PATH) == {}
-    assert time.monotonic() - started < 0.5
-    await match_until_away(index)
+    assert await match_until_away(impatient) < 0.5
     server.thaw()
-    clock.advance(BREAKER_S)
-    assert await index.match(MODEL, PATH) == {"a": 64}, "nothing was lost: nobody wrote meanwhile"
-    assert index.available
+    await until_matched(impatient, 64)  # nothing was lost: nobody wrote meanwhile
+    assert impatient.available
 
 
 @pytest.mark.parametrize("lost", ["insert", "remove"])
 async def test_a_lost_write_makes_the_holder_start_over(
-    index: PrefixIndex, server: RedisServer, clock: FakeClock, lost: str
+    index: PrefixIndex, impatient: PrefixIndex, server: RedisServer, lost: str
 ) -> None:
     """The server gets the lost write when it thaws. Neither that nor its absence leaves a false claim behind."""
-    epoch = await publish(index)
+    epoch = await publish(impatient)
     server.freeze()
     if lost == "insert":
-        await index.insert(MODEL, A, OTHER)
+        await impatient.insert(MODEL, A, OTHER)
     else:
-        await index.remove(MODEL, A, PATH, keep=3)
-    await match_until_away(index)
+        await impatient.remove(MODEL, A, PATH, keep=3)
+    await match_until_away(impatient)
     server.thaw()
-    clock.advance(BREAKER_S)
-    assert await index.enroll(MODEL, A) != epoch
+
+    async def starts_over() -> bool:
+        return await impatient.enroll(MODEL, A) != epoch
+
+    await eventually(starts_over)
     assert await index.match(MODEL, OTHER) == await index.match(MODEL, PATH) == {}
-    await publish(index, A, PATH[:10])
+    await publish(impatient, A, PATH[:10])
     assert await index.match(MODEL, PATH) == {"a": 10}
 
 

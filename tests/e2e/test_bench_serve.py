@@ -14,6 +14,7 @@ from tests.support.cluster import SMALL_POOLS, eventually, packlight, running_pr
 
 pytestmark = pytest.mark.e2e
 NUM_TOKENS = 12
+WATCHED_TOKENS = 100  # an answer lasts until somebody has looked at the pages it holds
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +24,13 @@ def url():
         yield process.wait_for(r"ready: \S+ at (http://\S+)/v1")[1]
 
 
-def bench(url: str, tmp_path, *flags: str) -> tuple[Run, str]:
+def bench(url: str, tmp_path, *flags: str, num_tokens: int = NUM_TOKENS) -> tuple[Run, str]:
     path = tmp_path / "run.json"
     servers = ["--server", f"full={url}", "--server", f"packed={url}/v1"]
     kv = ["--kv", 'full:{"recipe": "none"}', "--kv", 'packed:{"recipe": "streaming_llm", "ratio": 0.125}']
-    sizes = ["--tokenizer", "fake", "--max-tokens", str(NUM_TOKENS), "--rounds", "2"]
+    sizes = ["--tokenizer", "fake", "--max-tokens", str(num_tokens), "--rounds", "2"]
     command = [sys.executable, "-m", "packlight", "bench", "serve", *servers, *kv, *sizes, "--json", str(path), *flags]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert ended.returncode == 0, ended.stderr
     return load(path), ended.stdout
 
@@ -37,7 +38,7 @@ def bench(url: str, tmp_path, *flags: str) -> tuple[Run, str]:
 def test_two_recipes_side_by_side(url, tmp_path):
     watched = ["--metrics", f"full={url}/metrics", "--metrics", f"packed={url}/metrics"]
     flags = ["--workload", "long_document", "--prompt-tokens", "1000,2000", "--concurrency", "3", *watched]
-    run, printed = bench(url, tmp_path, *flags)
+    run, printed = bench(url, tmp_path, *flags, num_tokens=WATCHED_TOKENS)
     assert len(run.turns) == 2 * 2 * 2
     answers = {
         name: [a for turn in run.turns if turn.server == name for a in turn.answers] for name in ("full", "packed")
@@ -45,7 +46,7 @@ def test_two_recipes_side_by_side(url, tmp_path):
     for name, recipe in (("full", "none"), ("packed", "streaming_llm")):
         assert len(answers[name]) == 2 * 2 * 3
         for answer in answers[name]:
-            assert (answer.error, answer.num_output_tokens, answer.kv["recipe"]) == (None, NUM_TOKENS, recipe)
+            assert (answer.error, answer.num_output_tokens, answer.kv["recipe"]) == (None, WATCHED_TOKENS, recipe)
             assert 0 < answer.ttft_s <= answer.e2e_s
             assert answer.num_cached_tokens == 0
         assert {answer.num_prompt_tokens for answer in answers[name]} == {1000, 2000}
@@ -99,7 +100,7 @@ def test_an_interrupted_run_leaves_whole_rounds_and_nobody_paused(url, tmp_path,
         assert process.end(timeout_s=90) == 130
         assert [(turn.server, turn.round) for turn in load(path).turns][:2] == [("a", 0), ("b", 0)]
         assert "TTFT, ms" in process.output
-    assert state_of(asleep) == "S"
+    eventually(lambda: state_of(asleep) == "S")  # it was told to go on, and does so once it gets a core
 
 
 def state_of(pid: int) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from http.client import HTTPConnection
 from itertools import count
 
-import httpx
 import openai
 import pytest
 
-from tests.e2e.helpers import Stream, ask, client_of, expected, health_of
+from tests.e2e.helpers import ENDLESS, LONG_CONTEXT, Stream, ask, chat, client_of, expected, health_of
 from tests.support.cluster import (
     CLUSTER,
+    PATIENCE_S,
+    PATIENT,
     SMALL_POOLS,
+    START_TIMEOUT_S,
     RunningCluster,
     eventually,
     is_alive,
@@ -25,7 +30,7 @@ from tests.support.cluster import (
 
 pytestmark = pytest.mark.e2e
 
-SETTINGS = ("model.path=fake", *SMALL_POOLS, "decode.max_batch=4", "decode.max_queue=4", "index.timeout_s=0.25")
+SETTINGS = ("model.path=fake", *SMALL_POOLS, *PATIENT, LONG_CONTEXT, "decode.max_batch=4", "decode.max_queue=4")
 FLAGS = [flag for setting in SETTINGS for flag in ("--set", setting)]
 PREFILLS, DECODES = ("prefill-0", "prefill-1"), ("decode-0", "decode-1")
 
@@ -50,8 +55,13 @@ def held_pages(cluster: RunningCluster) -> float:
     return sum(cluster.metrics(name)["packlight_decode_pages{state=held}"] for name in DECODES)
 
 
-def running_requests(cluster: RunningCluster) -> float:
-    return sum(cluster.metrics(name)["packlight_decode_running_requests"] for name in DECODES)
+def num_requests(cluster: RunningCluster, state: str) -> float:
+    """`running` or `queued`."""
+    return sum(cluster.metrics(name)[f"packlight_decode_{state}_requests"] for name in DECODES)
+
+
+def num_cancelled(cluster: RunningCluster) -> float:
+    return sum(cluster.metrics(name).get("packlight_decode_requests_total{outcome=cancelled}", 0) for name in DECODES)
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -91,11 +101,12 @@ def test_several_choices_of_one_prompt(client):
 
 def test_the_models_and_the_state_of_the_fleet(cluster, client):
     assert [model.id for model in client.models.list()] == ["fake"]
-    assert health_of(cluster.url)["details"] == {
+    all_is_well = {
         "workers": {"prefill": 2, "decode": 2},
         "prefix_index": "available",
         "fleet_registry": "available",
     }
+    eventually(lambda: health_of(cluster.url)["details"] == all_is_well)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +120,7 @@ def test_the_models_and_the_state_of_the_fleet(cluster, client):
 def test_bad_requests_are_refused_before_any_worker_hears_of_them(cluster, body, status, code):
     before = num_prompts(cluster)
     good = {"model": "fake", "messages": [{"role": "user", "content": "x"}]}
-    reply = httpx.post(f"{cluster.url}/v1/chat/completions", json={**good, **body}, trust_env=False)
+    reply = chat(cluster.url, {**good, **body})
     assert reply.status_code == status
     assert code is None or reply.json()["error"]["code"] == code
     assert num_prompts(cluster) == before
@@ -127,23 +138,28 @@ def test_all_workers_are_used(cluster, client):
         with ThreadPoolExecutor(8) as pool:
             for prompt, (tokens, _) in zip(prompts, pool.map(lambda p: ask(client, p, 20), prompts), strict=True):
                 assert tokens == expected(prompt, 20)
-        return all(now > then for now, then in zip(num_prompts(cluster), before, strict=True))
+        steps = [cluster.metrics(name)["packlight_decode_step_seconds_count"] for name in DECODES]
+        return min(steps) > 0 and all(now > then for now, then in zip(num_prompts(cluster), before, strict=True))
 
     eventually(all_were_asked)
-    steps = [cluster.metrics(name)["packlight_decode_step_seconds_count"] for name in DECODES]
-    assert min(steps) > 0
 
 
 def test_a_shared_prefix_draws_its_requests_to_one_worker(cluster, client):
-    prefix = "A long system prompt that every request of this tenant begins with. " * 8
-    ask(client, f"{prefix}0", 2)
-    eventually(lambda: ask(client, f"{prefix}again", 2)[1].prompt_tokens_details.cached_tokens >= 512)
-    before = num_prompts(cluster)
-    for number in range(10):
-        _, usage = ask(client, f"{prefix}{number}", 2)
-        assert usage.prompt_tokens_details.cached_tokens == len(prefix) // 16 * 16
-    added = [now - then for now, then in zip(num_prompts(cluster), before, strict=True)]
-    assert sorted(added) == [0, 10]
+    """Unless the other worker looks so much faster that computing it anew is quicker, as on a busy machine it may for
+    a moment. Then both hold the prefix, so it is tried again with another one: by chance alone one of these tries would
+    look right once in 170 times."""
+    tries = 3
+    for number in range(tries):
+        prefix = f"{number} is a long system prompt that every request of this tenant begins with. " * 8
+        ask(client, f"{prefix}0", 2)
+        eventually(lambda p=prefix: ask(client, f"{p}again", 2)[1].prompt_tokens_details.cached_tokens >= 512)
+        before = num_prompts(cluster)
+        usages = [ask(client, f"{prefix}{number}", 2)[1] for number in range(10)]
+        added = [now - then for now, then in zip(num_prompts(cluster), before, strict=True)]
+        if sorted(added) == [0, 10]:
+            break
+    assert sorted(added) == [0, 10], f"not once in {tries} tries"
+    assert {usage.prompt_tokens_details.cached_tokens for usage in usages} == {len(prefix) // 16 * 16}
 
 
 # ── overload, and clients that leave ─────────────────────────────────────────────────────────────────────────────────
@@ -151,42 +167,42 @@ def test_a_shared_prefix_draws_its_requests_to_one_worker(cluster, client):
 
 def test_a_full_fleet_refuses_and_says_when_to_come_back(cluster, client):
     """8 run, 8 wait, the rest is refused; those that were let in get their whole answer."""
-
-    def try_one(number: int):
-        try:
-            return ask(client, f"{number} is one too many", 300)[0]
-        except openai.RateLimitError as refused:
-            return refused
-
-    with ThreadPoolExecutor(32) as pool:
-        results = list(pool.map(try_one, range(32)))
-    refused = [result for result in results if isinstance(result, openai.RateLimitError)]
-    assert 1 <= len(refused) <= 16
-    for error in refused:
-        assert error.code == "rate_limit_exceeded"
-        assert int(error.response.headers["retry-after"]) >= 1
-    for number, tokens in enumerate(results):
-        assert isinstance(tokens, openai.RateLimitError) or tokens == expected(f"{number} is one too many", 300)
+    waiting = [f"{number} can wait" for number in range(8)]
+    with ThreadPoolExecutor(8) as pool, ExitStack() as leaving:
+        for number in range(8):
+            stream = Stream(client, f"{number} takes its time", ENDLESS)
+            leaving.callback(stream.leave)
+            stream.read(1)
+        results = [pool.submit(ask, client, prompt) for prompt in waiting]
+        eventually(lambda: num_requests(cluster, "queued") == 8)
+        for _ in range(4):
+            with pytest.raises(openai.RateLimitError) as refused:
+                ask(client, "One too many")
+            assert refused.value.code == "rate_limit_exceeded"
+            assert int(refused.value.response.headers["retry-after"]) >= 1
+        assert num_requests(cluster, "running") == 8
+        leaving.close()
+        assert [result.result()[0] for result in results] == [expected(prompt, 8) for prompt in waiting]
     eventually(lambda: held_pages(cluster) == 0)
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
-def test_a_client_that_leaves_frees_its_pages(cluster, is_stream):
-    with client_of(cluster.url) as client:
-        if is_stream:
-            stream = Stream(client, "I shall not stay", 3000)
-            stream.read(10)
-            assert held_pages(cluster) > 0
-            stream.leave()
-        else:
-            with pytest.raises(openai.APITimeoutError):
-                client.with_options(timeout=0.5).chat.completions.create(
-                    model="fake",
-                    messages=[{"role": "user", "content": "Nor shall I"}],
-                    max_tokens=3000,
-                    extra_body={"min_tokens": 3000},
-                )
-    eventually(lambda: running_requests(cluster) == 0 and held_pages(cluster) == 0, timeout_s=2.0)
+def test_a_client_that_leaves_frees_its_pages(cluster, client, is_stream):
+    before = num_cancelled(cluster)
+    if is_stream:
+        stream = Stream(client, "I shall not stay", ENDLESS)
+        stream.read(10)
+        leave = stream.leave
+    else:
+        connection = HTTPConnection("127.0.0.1", cluster.port, timeout=PATIENCE_S)
+        question = {"model": "fake", "messages": [{"role": "user", "content": "Nor shall I"}]}
+        body = json.dumps({**question, "max_tokens": ENDLESS, "min_tokens": ENDLESS})
+        connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+        leave = connection.close
+    eventually(lambda: num_requests(cluster, "running") == 1 and held_pages(cluster) > 0)
+    leave()
+    eventually(lambda: num_requests(cluster, "running") == 0 and held_pages(cluster) == 0)
+    assert num_cancelled(cluster) == before + 1, "it came to its end"
 
 
 # ── the cluster's own end ────────────────────────────────────────────────────────────────────────────────────────────
@@ -198,7 +214,7 @@ def test_a_process_that_dies_unasked_ends_the_cluster(cluster):
     assert len(pids) == 6
     assert all(is_alive(pid) for pid in pids)
     os.kill(cluster.pid("decode-1"), signal.SIGKILL)
-    assert cluster.process.popen.wait(30) == 1
+    assert cluster.process.popen.wait(START_TIMEOUT_S) == 1
     assert "decode-1 ended unasked, with exit code -9" in cluster.process.output
     assert not any(is_alive(pid) for pid in pids)
 
@@ -209,14 +225,14 @@ def test_a_cluster_that_is_killed_takes_its_processes_with_it():
         pids = RunningCluster(process, 0).pids
         assert all(is_alive(pid) for pid in pids)
         process.popen.kill()
-        eventually(lambda: not any(is_alive(pid) for pid in pids), timeout_s=5.0)
+        eventually(lambda: not any(is_alive(pid) for pid in pids))
 
 
 def test_a_cluster_whose_workers_cannot_start_says_why():
     with running_process(
         [sys.executable, str(CLUSTER), "--prefill", "0", "--decode", "1", "--set", "model.path=/no/such/model"]
     ) as process:
-        assert process.popen.wait(60) == 1
+        assert process.popen.wait(START_TIMEOUT_S) == 1
         assert "model.path '/no/such/model': no such folder or file" in process.output
         assert "ended unasked, with exit code 2" in process.output
 
@@ -224,5 +240,5 @@ def test_a_cluster_whose_workers_cannot_start_says_why():
 def test_a_machine_without_redis_is_told_what_to_install():
     """`-S`: without the packages that were installed, of which one carries a Valkey."""
     with running_process([sys.executable, "-S", str(CLUSTER)], {"PATH": "/nowhere", "PYTHONPATH": ""}) as process:
-        assert process.popen.wait(30) == 2
+        assert process.popen.wait(PATIENCE_S) == 2
         assert "apt-get install" in process.output

@@ -312,7 +312,7 @@ async def test_real_workers_answer_and_the_fleet_is_live(browser: Browser) -> No
             "model": {"path": "fake"},
             "prefill": {"kv_memory_bytes": 1 << 20},
             "decode": {"kv_memory_bytes": 1 << 20},
-            "fleet": {"heartbeat_s": 0.2},
+            "fleet": {"heartbeat_s": 0.2, "ttl_s": 30},
         }
     )
     embedded = Embedded(config, open_model(config.model, on_progress=print), print)

@@ -19,7 +19,7 @@ SETTINGS = (
     "model.max_context=20000",
     *SMALL_POOLS,
     f"decode.local_prefill.kv_memory_bytes={POOL_TOKENS * 16}",
-    "index.timeout_s=0.25",
+    "index.timeout_s=5",
     "prefill.attention=sdpa",
     "decode.attention=sdpa",
 )

@@ -7,18 +7,19 @@ import os
 import signal
 import time
 from contextlib import aclosing, asynccontextmanager
+from itertools import count
 
 import pytest
 
 from packlight.core.config import DecodeConfig
 from packlight.core.errors import WorkerLost
 from packlight.core.shipping import LayerHeader
-from packlight.core.types import Failed, Finished, Tokens
+from packlight.core.types import Failed, Finished
 from packlight.models.fake import fake_answer
 from packlight.wire.channel import Channels
 from packlight.wire.decode import GrpcDecodeClient, decode_handler
 from packlight.wire.prefill import GrpcPrefillClient, prefill_handler
-from tests.support.cluster import Later, Process, loopback, running_worker
+from tests.support.cluster import PATIENCE_S, Later, Process, loopback, running_worker
 from tests.support.fake_pair import answer, collect, fake_pair, make_request, until
 
 pytestmark = pytest.mark.e2e
@@ -27,7 +28,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 PAGE = 4  # of `fake_pair`
 LONG = [index % 50 + 1 for index in range(32_000)]
 SLOW = ("prefill.chunk_tokens=1", f"kv.page_size={PAGE}")
-NOTICED_WITHIN_S = 6.0
+NOTICED_WITHIN_S = 20.0  # without keepalive pings it takes a minute
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ async def decode_with(address: str, wrap=lambda client: client):
     channels = Channels()
     client = wrap(GrpcPrefillClient(channels.get(address), "prefill-0"))
     inline = DecodeConfig(transports=["grpc"])  # so that payload is still under way when a process dies
-    async with fake_pair(decode_blocks=20_000, decode=inline, client=lambda _: client) as pair:
+    async with fake_pair(decode_blocks=40_000, decode=inline, client=lambda _: client) as pair:
         yield pair
         assert pair.decode.load().num_free_pages == pair.decode.load().num_total_pages
     await channels.close()
@@ -107,8 +108,8 @@ async def test_a_frozen_prefill_worker_is_noticed_by_its_silence_on_the_wire(slo
 
 
 async def until_it_answers(pair) -> None:
-    async with asyncio.timeout(10):
-        for attempt in range(1000):
+    async with asyncio.timeout(PATIENCE_S):
+        for attempt in count():
             _, event = await collect(pair.decode, make_request(PROMPT, request_id=str(attempt)))
             if isinstance(event, Finished):
                 return
@@ -139,7 +140,7 @@ async def test_a_prefill_worker_killed_while_it_computes(slow_prefill):
     process, address = slow_prefill
     async with decode_with(address) as pair:
         tasks = [
-            asyncio.create_task(collect(pair.decode, make_request(LONG[number:9000], request_id=str(number))))
+            asyncio.create_task(collect(pair.decode, make_request(LONG[number:], request_id=str(number))))
             for number in range(4)
         ]
         await until(lambda: pair.decode.load().num_running == 4)
@@ -167,16 +168,3 @@ async def test_connections_that_are_quiet_for_long_stay():
         pair.prefill_gate.let_all()
         assert await quiet == fake_answer(PROMPT, 8)
         await client.close()
-
-
-async def test_two_workers_of_other_processes_make_one_answer():
-    with running_worker("prefill") as (one, prefill_address), running_worker("decode") as (other, address):
-        channels = Channels()
-        client = GrpcDecodeClient(channels.get(address), "decode-0")
-        async with aclosing(client.generate(make_request(PROMPT, 9, prefill_address=prefill_address))) as events:
-            received = [event async for event in events]
-        tokens = [token.token_id for event in received if isinstance(event, Tokens) for token in event.tokens]
-        assert tokens == fake_answer(PROMPT, 9)
-        await client.close()
-        await channels.close()
-        assert [other.end(), one.end()] == [0, 0]

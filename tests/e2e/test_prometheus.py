@@ -23,7 +23,15 @@ import yaml
 from deploy.observability.generate import DASHBOARDS, FILES
 from deploy.observability.grafana import Dashboard
 from tests.e2e.helpers import client_of
-from tests.support.cluster import SMALL_POOLS, RunningCluster, eventually, free_port, running_cluster, running_process
+from tests.support.cluster import (
+    PATIENCE_S,
+    SMALL_POOLS,
+    RunningCluster,
+    eventually,
+    free_port,
+    running_cluster,
+    running_process,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -31,10 +39,12 @@ SETTINGS = (
     "model.path=fake",
     *SMALL_POOLS,
     *("prefill.attention=sdpa", "decode.attention=sdpa"),  # nothing to compile
-    *("prefill.shadow_ratio=1", "index.timeout_s=0.25", "kv.floor=0.5"),
+    *("prefill.shadow_ratio=1", "index.timeout_s=5", "kv.floor=0.5"),
 )
 FLAGS = [flag for setting in SETTINGS for flag in ("--set", setting)]
-WINDOW_S, SEEN_S = 6, 30
+WINDOW_S, SEEN_S = 6, 60
+SLOW = {f"Packlight{what}Burns{how}" for what in ("FirstToken", "OutputToken") for how in ("Fast", "Slowly")}
+SLOW |= {"PacklightQueueAge"}
 KINDS = ({}, {"recipe": "snapkv", "ratio": 0.5}, {"recipe": "snapkv", "budget": 64, "floor": 0.9})
 
 
@@ -44,7 +54,7 @@ class Prometheus:
 
     def ask(self, path: str, **query: str) -> Any:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(query)}", timeout=10) as reply:
+        with opener.open(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(query)}", timeout=PATIENCE_S) as reply:
             return json.load(reply)["data"]
 
     def is_up(self, num_targets: int) -> bool:
@@ -147,29 +157,33 @@ def test_every_panel_has_something_to_show(prometheus: Prometheus, board: Dashbo
         return not empty
 
     with suppress(AssertionError):
-        eventually(all_shown, timeout_s=30)
+        eventually(all_shown)
     assert not empty
 
 
 def test_every_rule_is_evaluated_and_all_is_well(prometheus: Prometheus) -> None:
+    """But for how soon tokens come and how long requests wait: that depends on the machine."""
     eventually(lambda: all(rule["lastEvaluation"] > "1" for rule in rules_of(prometheus)))
     for rule in rules_of(prometheus):
         assert rule["health"] == "ok", rule
-        assert rule.get("state", "inactive") == "inactive", rule
+        is_slow = rule["name"] in SLOW and rule["state"] == "pending"
+        assert is_slow or rule.get("state", "inactive") == "inactive", rule
     assert {rule["name"] for rule in rules_of(prometheus)} == named_in(FILES / "alerts.yaml")
 
 
 def test_alerts_wake_up_when_the_fleet_loses_a_part(prometheus: Prometheus, cluster: RunningCluster) -> None:
-    """Pending, for it takes minutes till they fire; and annotations that name what they are about."""
+    """Pending at least, for it takes minutes till some fire; and annotations that name what they are about."""
     cluster.kill("redis")
     cluster.kill("prefill-0")
-    wanted = {"PacklightIndexAway": "inactive", "PacklightWorkerLost": "inactive"}
+    found = {"PacklightIndexAway": "inactive", "PacklightWorkerLost": "inactive"}
 
     def all_noticed() -> bool:
-        wanted.update({rule["name"]: rule["state"] for rule in rules_of(prometheus) if rule["name"] in wanted})
-        return wanted == {"PacklightIndexAway": "pending", "PacklightWorkerLost": "firing"}
+        found.update({rule["name"]: rule["state"] for rule in rules_of(prometheus) if rule["name"] in found})
+        return found["PacklightIndexAway"] != "inactive" and found["PacklightWorkerLost"] == "firing"
 
-    eventually(all_noticed, what=str(wanted))
+    with suppress(AssertionError):
+        eventually(all_noticed)
+    assert all_noticed(), found
     (lost,) = [rule for rule in rules_of(prometheus) if rule["name"] == "PacklightWorkerLost"]
     assert "attempts met a lost worker" in lost["alerts"][0]["annotations"]["description"]
 

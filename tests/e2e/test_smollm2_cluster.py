@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from packlight.compress.parts import CODECS
 from packlight.compress.recipes import RECIPES
-from tests.e2e.helpers import client_of, decode_in_use
+from tests.e2e.helpers import busy_since, client_of, num_generated
 from tests.support.cluster import REMOTE_ONLY, running_cluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -181,11 +181,11 @@ def test_a_sampled_answer_is_the_same_when_its_worker_dies_in_between(cluster, c
         "seed": 7,
     }
     unbroken = client.chat.completions.create(**request).choices[0].message.content
-    text = victim = ""
+    text, killed, before = "", False, num_generated(cluster)
     for chunk in client.chat.completions.create(**request, stream=True):
         text += chunk.choices[0].delta.content or ""
-        if text and not victim:
-            victim = decode_in_use(cluster)
-            cluster.kill(victim)
-    assert victim
+        if text and not killed:
+            cluster.kill(busy_since(cluster, before))
+            killed = True
+    assert killed
     assert text == unbroken

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from tests.support.cluster import SMALL_POOLS, packlight, running_cluster, running_process
+from tests.support.cluster import PATIENT, SMALL_POOLS, packlight, running_cluster, running_process
 from tests.support.collector import collector
 
 pytestmark = pytest.mark.e2e
@@ -17,7 +17,7 @@ QUESTION = {"model": "fake", "messages": [{"role": "user", "content": "a trace, 
 def settings_for(url: str) -> tuple[str, ...]:
     """Nothing is sampled but what the caller wants."""
     traced = ("telemetry.traces=otlp", f"telemetry.traces_endpoint={url}", "telemetry.traces_sample_ratio=0")
-    return ("model.path=fake", *SMALL_POOLS, *traced)
+    return ("model.path=fake", *SMALL_POOLS, *PATIENT, *traced)
 
 
 def ask_twice(url: str) -> None:
@@ -58,4 +58,4 @@ def test_one_process_is_three_services():
 def test_a_collector_that_is_away_costs_no_answer_and_no_more_than_seconds_at_the_end():
     with running_process(packlight("serve", "router.port=0", *settings_for("http://127.0.0.1:9"))) as process:
         ask_twice(process.wait_for(r"ready: fake at (\S+)/v1")[1])
-        assert process.end(timeout_s=20.0) == 0
+        assert process.end(timeout_s=40.0) == 0

@@ -13,10 +13,11 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 import grpc
@@ -32,7 +33,13 @@ CLUSTER = Path(__file__).parents[2] / "deploy" / "cluster.py"
 REMOTE_ONLY = "decode.local_prefill.kv_memory_bytes=0"
 """Every prompt goes from worker to worker, however short: most tests are about that way."""
 SMALL_POOLS = ("prefill.kv_memory_bytes=16777216", "decode.kv_memory_bytes=16777216", REMOTE_ONLY)
+PATIENT = ("index.timeout_s=5", "fleet.ttl_s=30")
+"""For tests in which nobody is to be given up: a process that a busy machine pauses for seconds is not dead."""
 START_TIMEOUT_S = 120.0  # importing torch several times at once on a busy machine
+PATIENCE_S = 60.0
+"""For what happens at once on an idle machine. Only what never happens takes so long."""
+FIRST_PORT, LAST_PORT = 10_000, 19_000
+"""Below those that kernels hand out, and those that Redis clusters are given."""
 
 
 @dataclass
@@ -103,13 +110,14 @@ class Process:
     def wait_for(self, pattern: str, timeout_s: float = START_TIMEOUT_S) -> re.Match[str]:
         """The first place in the output where `pattern` is found, once it is there."""
         deadline = time.monotonic() + timeout_s
-        while (found := re.search(pattern, self.output)) is None:
-            if time.monotonic() > deadline or self.popen.poll() is not None:
-                raise AssertionError(f"no {pattern!r} in the output:\n{self.output[-5000:]}")
+        while True:
+            is_last = time.monotonic() > deadline or self.popen.poll() is not None  # before what it says is read
+            if (found := re.search(pattern, self.output)) is not None:
+                return found
+            assert not is_last, f"no {pattern!r} in the output:\n{self.output[-5000:]}"
             time.sleep(0.02)
-        return found
 
-    def end(self, timeout_s: float = 60.0) -> int:
+    def end(self, timeout_s: float = START_TIMEOUT_S) -> int:
         """SIGTERM, and the exit code."""
         self.popen.terminate()
         return self.popen.wait(timeout_s)
@@ -162,7 +170,7 @@ class RunningCluster:
     def kill(self, name: str) -> None:
         """SIGKILL, and noticed by the cluster when this returns."""
         os.kill(self.pid(name), signal.SIGKILL)
-        self.process.wait_for(rf"{name} ended unasked", timeout_s=10)
+        self.process.wait_for(rf"{name} ended unasked", PATIENCE_S)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         os.kill(self.pid(name), number)
@@ -178,7 +186,7 @@ class RunningCluster:
         if name != "router":
             url = self.process.wait_for(rf"(?m)^{name} +\| .* metrics on (http://\S+)$")[1]
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(url, timeout=5) as reply:
+        with opener.open(url, timeout=PATIENCE_S) as reply:
             text = reply.read().decode()
         return {
             sample.name + "".join(f"{{{key}={value}}}" for key, value in sample.labels.items()): sample.value
@@ -209,8 +217,11 @@ def redis_on(url: str) -> Iterator[Process]:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """For a process that listens on it seconds later: not one of those that anybody else may be given meanwhile."""
+    while True:
+        port = SystemRandom().randint(FIRST_PORT, LAST_PORT)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def is_alive(pid: int) -> bool:
@@ -220,9 +231,12 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def eventually(condition: Any, timeout_s: float = 20.0, what: str = "") -> None:
+def eventually(condition: Any, timeout_s: float = PATIENCE_S, what: str = "") -> None:
     """Wait for something that another process does."""
     deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what or "it did not happen in time"
+    while True:
+        is_last = time.monotonic() > deadline  # whoever is paused between two looks gets another one
+        if condition():
+            return
+        assert not is_last, what or "it did not happen in time"
         time.sleep(0.02)
