@@ -73,6 +73,7 @@ FIGURES = (
     "step_long",
     "concurrency",
     "link",
+    "receiving",
 )
 
 

@@ -36,6 +36,7 @@ from packlight.decode.memory import DecodeMemory
 from packlight.kv.pool import KVPool
 from packlight.prefill.staging import CudaCopier, Staging
 from packlight.transfer.base import CPU
+from tests.gpu.receiving_figure import receiving
 from tests.gpu.rig import Rig
 from tests.gpu.steps import attention_seconds, full_step_seconds, make_runner, make_step, step_seconds
 
@@ -185,7 +186,10 @@ class Unread:
 
 FIGURES = {
     figure.__name__: figure
-    for figure in (step_full, step_packed, step_long, attention, selection, graphs, profile, concurrency, link)
+    for figure in (
+        *(step_full, step_packed, step_long, attention, selection),
+        *(graphs, profile, concurrency, link, receiving),
+    )
 }
 
 

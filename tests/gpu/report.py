@@ -33,6 +33,8 @@ GOALS = (
     Goal("graphs", "speedup", 2.0, "graph replay, batch 1: times faster than eager"),
     Goal("concurrency", "times", 8.0, "requests of 32k in 60 GB, 8x packing: times those with full KV"),
     Goal("link", "share_of_link", 0.5, "pack and copy to pinned memory: share of the link"),
+    Goal("receiving", "share_of_link", 0.5, "packed KV into pages beside steps: share of the link"),
+    Goal("receiving", "slowdown", 0.1, "by how much longer a packed step takes meanwhile", at_most=True),
 )
 
 

@@ -17,6 +17,8 @@ from packlight.kv.reading import Reading
 from packlight.kv.summaries import PageSummaries
 from packlight.kv.table import HeadPageTable
 from packlight.models.adapter import load_transformers_model
+from packlight.models.base import load_model
+from packlight.models.fused.plain import PlainModel
 from packlight.models.opened import open_model
 from tests.support.tiny_models import TINY_CONFIGS, write_model_folder
 
@@ -25,18 +27,24 @@ PAGE, NUM_TOKENS = 16, 24
 PROMPT = [(7 * index) % 250 + 3 for index in range(90)]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3", "fused llama", "fused qwen3"])
 def folder(request, tmp_path_factory):
-    """Heads of 128, because there are kernels for them."""
+    """Heads of 128, because there are kernels for them. The model is computed by transformers, or by the fused lane."""
     torch.manual_seed(0)
-    config = TINY_CONFIGS[request.param]()
+    lane, _, family = request.param.rpartition(" ")
+    config = TINY_CONFIGS[family]()
     config.head_dim = 128
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    return write_model_folder(tmp_path_factory.mktemp(request.param), model)
+    return write_model_folder(tmp_path_factory.mktemp(f"{lane or 'transformers'}-{family}"), model)
 
 
 def load(folder, dtype, device):
+    """On the CPU, where answers come from that are right, by transformers in any case."""
     opened = open_model(ModelConfig(path=str(folder.path), dtype=dtype, device=device), on_progress=print)
+    if device == "cuda" and folder.path.name.startswith("fused"):
+        model = load_model(folder, opened.spec, device=device, on_progress=print)
+        assert isinstance(model, PlainModel)
+        return model
     return load_transformers_model(folder, opened.spec, device=device, on_progress=print)
 
 

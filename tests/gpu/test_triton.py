@@ -3,24 +3,87 @@
 import pytest
 import torch
 
-from packlight.attention.flashinfer.bounds import compiled_products, gathered_products, has_triton
+from packlight.attention.flashinfer.bounds import compiled_products, gathered_products
+from packlight.attention.flashinfer.ops import has_triton, page_ops
 from packlight.compress.device_window import DeviceWindow, has_kernel
 from packlight.compress.window import window_attention
 from packlight.kv.pool import KVPool
+from packlight.models.fused.ops import layer_ops
+from tests.support import layer_ops_checks, page_ops_checks
 from tests.support.packing import draw, view_of
 from tests.support.page_bounds import ragged_bounds
 from tests.support.paged_rows import model_spec
 
 pytestmark = pytest.mark.gpu
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Beside the small ones: pages of 32k tokens, and of 128k.
+PAGE_SHAPES = [*page_ops_checks.SHAPES, (128, 4, 2048, 16, 128), (256, 8, 8192, 16, 512)]
+needs_triton = pytest.mark.skipif(not has_triton(torch.device("cuda")), reason="Triton is not installed")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# ── a decode step's pages ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", PAGE_SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rule"),
+    [
+        (torch.bfloat16, page_ops_checks.BOUNDS),
+        (torch.bfloat16, page_ops_checks.MASS),
+        (torch.bfloat16, page_ops_checks.MASS_OF_FEW_DIMS),
+        (torch.float16, page_ops_checks.MASS),
+        (torch.float32, page_ops_checks.BOUNDS),
+    ],
+)
+def test_ratings_of_pages(dtype, shape, rule):
+    page_ops_checks.check_ratings(page_ops(torch.device("cuda")), "cuda", dtype, shape, rule)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", PAGE_SHAPES, ids=str)
+def test_pages_picked(shape):
+    ops = page_ops(torch.device("cuda"))
+    for seed in range(4):
+        page_ops_checks.check_picked(ops, "cuda", shape, few=seed % 2 == 0, seed=seed)
+    page_ops_checks.check_picked_by_mass(ops, "cuda", shape)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (40, 1), (128, 4), (256, 16)])
+def test_new_tokens(dtype, fp8, head_dim, page_size):
+    ops = page_ops(torch.device("cuda"))
+    page_ops_checks.check_stored(ops, "cuda", dtype, head_dim, page_size, fp8=fp8)
+
+
+# ── between the products of a layer ──────────────────────────────────────────────────────────────────────────────────
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_layers_operations(dtype):
+    ops = layer_ops("cuda")
+    for num_tokens, size in (*layer_ops_checks.SIZES, (3, 14_336)):
+        for has_delta in (True, False):
+            layer_ops_checks.check_add_norm(ops, "cuda", dtype, num_tokens, size, has_delta=has_delta)
+        layer_ops_checks.check_gate(ops, "cuda", dtype, num_tokens, size)
+    for heads in layer_ops_checks.HEADS:
+        for has_norm in (True, False):
+            layer_ops_checks.check_turn(ops, "cuda", dtype, heads, has_norm=has_norm)
+    layer_ops_checks.check_no_tokens(ops, "cuda")
+
+
+# ── products, and the window ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (96, 3), (128, 4), (128, 7), (256, 8)])
 @pytest.mark.parametrize("num_pages", [1, 31, 32, 700])
 def test_products_of_pages(dtype, head_dim, group, num_pages):
     """Pages that a head does not have are NaN, and neither read nor left undefined."""
-    if not has_triton(torch.device("cuda")):
-        pytest.skip("Triton is not installed")
     given, is_stored = ragged_bounds(dtype, head_dim, group, num_pages)
     got, expected = compiled_products(*(x.cuda() for x in given)).cpu(), gathered_products(*given)
     torch.testing.assert_close(got[is_stored], expected[is_stored], atol=1e-4, rtol=1e-5)

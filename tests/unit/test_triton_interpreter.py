@@ -9,12 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("tests/unit/attention/test_products_kernel.py", "tests/unit/compress/test_window_kernel.py")
+FILES = (
+    "tests/unit/attention/test_page_kernels.py",
+    "tests/unit/attention/test_products_kernel.py",
+    "tests/unit/compress/test_window_kernel.py",
+    "tests/unit/models/test_layer_kernels.py",
+)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: pip install --no-deps triton==3.9.0")
-def test_the_kernels_do_what_their_twins_in_torch_do():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *FILES]
+@pytest.mark.parametrize("file", FILES)
+def test_the_kernels_do_what_their_twins_in_torch_do(file):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", file]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

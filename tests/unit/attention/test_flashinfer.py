@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from packlight.attention.base import DecodeBatch
 from packlight.attention.flashinfer.backend import FlashInferAttention
 from packlight.attention.flashinfer.bounds import gathered_products
-from packlight.attention.flashinfer.choice import choose_pages, page_bars
+from packlight.attention.flashinfer.choice import choose_pages
+from packlight.attention.flashinfer.heads import Field
 from packlight.attention.flashinfer.kernels import KernelShape, PageCounts
 from packlight.attention.flashinfer.mirror import TableMirror
+from packlight.attention.flashinfer.ops import TorchPageOps
+from packlight.attention.flashinfer.rating import is_mass, mass_of
 from packlight.attention.flashinfer.reads import EVERYTHING, head_reads
 from packlight.attention.flashinfer.workspace import fixed_workspace
 from packlight.attention.flashinfer.wrappers import LIMITS, FlashInferKernels
@@ -24,9 +27,10 @@ from packlight.compress.readers.quest import QuestReader
 from packlight.core.errors import ConfigError
 from packlight.engine.build import build_attention
 from packlight.kv.pages import PageBook
-from packlight.kv.reading import Reading
+from packlight.kv.reading import PageQuery, Reading
 from packlight.kv.table import HeadPageTable
 from tests.support.fake_flashinfer import GROUPS, TOY_LIMITS, fake_flashinfer, fake_kernels, scheduled_bytes
+from tests.support.page_heads import head_case
 from tests.support.paged_rows import SCALE, PagedRows, chosen_pages, model_spec
 from tests.support.tape import TapeEngine
 
@@ -214,13 +218,38 @@ def test_choices_follow_the_rule_for_every_reader(data):
     scores = data.draw(
         st.lists(st.lists(score, min_size=width, max_size=width), min_size=len(heads), max_size=len(heads))
     )
-    num_stored = torch.tensor([heads])
+    num_stored = torch.tensor(heads)
     num_read = num_stored.clamp(max=budget)
-    bars = page_bars(num_stored, num_read, len(scores[0]), int(num_read.max()))
-    chosen = choose_pages(torch.tensor([scores]), bars)[0].tolist()
-    for row, given_scores, num_pages, count in zip(chosen, scores, heads, num_read[0].tolist(), strict=True):
+    chosen = choose_pages(torch.tensor(scores), num_stored, num_read, int(num_read.max())).tolist()
+    for row, given_scores, num_pages, count in zip(chosen, scores, heads, num_read.tolist(), strict=True):
         assert row[:count] == chosen_pages(given_scores, num_pages, budget)
         assert set(row[count:]) <= {num_pages - 1}
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("reader", [QuestReader(), HSAReader(1000), HSAReader(13)], ids=["quest", "hsa", "hsa-13"])
+def test_ratings_by_rule_are_what_the_reader_says(reader, group):
+    """The same scores, up to rounding, where the head has pages."""
+    case = head_case(torch.float32, 40, group, 33, page_size=4, budget=5)
+    heads, shape = case.heads, (len(case.heads.rows), case.heads.num_kv_heads)
+    found = TorchPageOps().rate(reader.rule, case.q_XGD, SCALE, case.bounds_NE, case.table, heads)
+    got_YM = mass_of(found, heads.num_tokens_YM) if is_mass(reader.rule) else found[:, 0]
+    q_BKGD = case.q_XGD.index_select(0, heads[Field.ASKED]).view(*shape, group, 40)
+    bounds_BKME = case.bounds_NE[heads.pages_YM(case.table).long()].view(*shape, 33, 80)
+    num_tokens_BKM = heads.num_tokens_YM.view(*shape, 33)
+    expected_BKM = reader.score(PageQuery(0, heads.rows, q_BKGD, SCALE, bounds_BKME, num_tokens_BKM))
+    is_page_YM = case.is_page_YM
+    torch.testing.assert_close(got_YM[is_page_YM], expected_BKM.flatten(0, 1)[is_page_YM], atol=1e-5, rtol=1e-5)
+
+
+def test_readers_of_very_different_budgets_share_a_step():
+    """Each chooses among its own rows' pages, of which the others' budget may exceed all."""
+    paged = PagedRows([[[200, 180]] * 2, [[9, 20]] * 2], num_heads=4)
+    reads = [Reading(QuestReader(), 40), Reading(HSAReader(8), 3)]
+    tokens = paged.new_tokens(paged.rows)
+    out = paged.step(FlashInferAttention("cpu", fake_kernels()), paged.rows, reads, tokens)
+    others = PagedRows([[[200, 180]] * 2, [[9, 20]] * 2], num_heads=4)
+    torch.testing.assert_close(out, others.step(SdpaAttention(), others.rows, reads, tokens), atol=1e-5, rtol=1e-5)
 
 
 def test_products_of_pages_behind_the_last_one_are_finite():

@@ -17,6 +17,7 @@ from packlight.attention.flashinfer.decode import FlashInferDecode
 from packlight.attention.flashinfer.fixed import FixedDecode
 from packlight.attention.flashinfer.kernels import DecodeKernel, Kernels, PrefillKernel
 from packlight.attention.flashinfer.mirror import TableMirror
+from packlight.attention.flashinfer.ops import PageOps, page_ops
 from packlight.attention.flashinfer.prefill import FlashInferPrefill
 from packlight.attention.flashinfer.site import stored_dtype
 from packlight.attention.flashinfer.wrappers import FlashInferKernels
@@ -27,11 +28,11 @@ K = TypeVar("K")
 
 
 class FlashInferAttention:
-    def __init__(self, device: str = "cuda", kernels: Kernels | None = None) -> None:
-        """`kernels` are FlashInfer's on `device` unless others are given. Raises ConfigError where they cannot be
-        had."""
+    def __init__(self, device: str = "cuda", kernels: Kernels | None = None, ops: PageOps | None = None) -> None:
+        """`kernels` are FlashInfer's on `device` unless others are given, and `ops` the fastest there. Raises
+        ConfigError where FlashInfer's cannot be had."""
         self._device = torch.device(device)
-        self.kernels = kernels or FlashInferKernels.on(self._device)
+        self.kernels, self._ops = kernels or FlashInferKernels.on(self._device), ops or page_ops(self._device)
         self._decode = Shelf[DecodeKernel](self.kernels.decode)
         self._prefill = Shelf[PrefillKernel](self.kernels.prefill)
         self._mirrors: WeakKeyDictionary[HeadPageTable, TableMirror] = WeakKeyDictionary()
@@ -45,7 +46,7 @@ class FlashInferAttention:
         self._require(batch.pool)
         if isinstance(batch, PrefillBatch):
             return FlashInferPrefill(batch, self._prefill)
-        return FlashInferDecode(batch, self._mirror(batch.table, batch.pool), self._decode)
+        return FlashInferDecode(batch, self._mirror(batch.table, batch.pool), self._decode, self._ops)
 
     def reserve(self, table: HeadPageTable, pool: PackedPool, num_pages: int) -> None:
         self._mirror(table, pool).reserve(num_pages)
@@ -53,7 +54,7 @@ class FlashInferAttention:
     def fixed_plan(self, batch: DecodeBatch, shape: FixedShape) -> FixedPlan:
         """Raises ConfigError for a pool that the kernels cannot read."""
         self._require(batch.pool)
-        return FixedDecode(batch, shape, self._mirror(batch.table, batch.pool), self.kernels)
+        return FixedDecode(batch, shape, self._mirror(batch.table, batch.pool), self.kernels, self._ops)
 
     def _require(self, pool: PackedPool) -> None:
         self.kernels.limits.refuse(pool.head_dim, pool.dtype, stored_dtype(pool))

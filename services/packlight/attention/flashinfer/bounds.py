@@ -1,4 +1,4 @@
-"""Page summaries multiplied where they lie: what a reader asks of them, without a copy of all it looks at.
+"""Page summaries multiplied where they lie, for readers that no kernel knows (`PageRule`): they ask for products.
 
 Knows summaries, page ids and products. Does not know what the products mean (`compress/readers/`). On a GPU with Triton
 one kernel reads each summary once; everywhere else torch gathers and multiplies, which is the twin that tests compare.
@@ -9,10 +9,11 @@ Legend: n rows, K KV heads, G rows of a probe per head, M pages per head, E = 2 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 
 import torch
 from torch import Tensor
+
+from packlight.attention.flashinfer.ops import has_triton
 
 
 class StoredBounds:
@@ -25,10 +26,6 @@ class StoredBounds:
         """fp32 `[n, K, G, M]`; something finite where there is no page."""
         compute = compiled_products if has_triton(self._bounds_NE.device) else gathered_products
         return compute(probe_BKGE.float(), self._bounds_NE, self._pages_nKM, self._num_stored_nK)
-
-
-def has_triton(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def gathered_products(probe_nKGE: Tensor, bounds_NE: Tensor, pages_nKM: Tensor, num_stored_nK: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from packlight.attention.base import DecodeBatch, LayerQueries
+from packlight.attention.flashinfer.heads import SparseHeads
 from packlight.attention.flashinfer.kernels import DecodeKernel, KernelShape
 from packlight.attention.flashinfer.lists import PageLists
 from packlight.attention.flashinfer.mirror import TableMirror
+from packlight.attention.flashinfer.ops import PageOps
 from packlight.attention.flashinfer.reads import HeadReads, head_reads, page_budgets
 from packlight.attention.flashinfer.site import Chooser, Site, stored_dtype
 from packlight.attention.flashinfer.store import TokenStore
@@ -24,12 +26,14 @@ SiteKey = tuple[bytes, bytes, int | None, float]
 class FlashInferDecode:
     """Plans a site when the first layer comes that needs it. `kernel(i)` is the i-th kernel of a step."""
 
-    def __init__(self, batch: DecodeBatch, mirror: TableMirror, kernel: Callable[[int], DecodeKernel]) -> None:
+    def __init__(
+        self, batch: DecodeBatch, mirror: TableMirror, kernel: Callable[[int], DecodeKernel], ops: PageOps
+    ) -> None:
         rows, pool = list(batch.rows), batch.pool
-        self._batch, self._mirror, self._kernel = batch, mirror, kernel
+        self._batch, self._mirror, self._kernel, self._ops = batch, mirror, kernel, ops
         mirror.follow(batch.table, rows)
         self._lengths_BLK = batch.table.new_lengths(rows)
-        self._store = TokenStore(len(rows), pool.num_layers, pool.num_kv_heads, pool.device)
+        self._store = TokenStore(len(rows), pool.num_layers, pool.num_kv_heads, pool.device, ops)
         self._store.load(batch)
         self._sites: dict[SiteKey, Site] = {}
 
@@ -56,24 +60,14 @@ class FlashInferDecode:
         for place, reading in enumerate(self._batch.reads):
             if reading is not None and reads.is_sparse_B[place]:
                 shares.setdefault(id(reading.reader), (reading.reader, []))[1].append(place)
-        num_kv_heads = self._batch.pool.num_kv_heads
-        choosers = [
-            Chooser(
-                reader,
-                places,
-                num_kv_heads,
-                max_stored=int(reads.num_stored_BK[places].max()),
-                max_chosen=reads.max_chosen,
-            )
-            for reader, places in shares.values()
-        ]
-        lists = PageLists(
-            self._mirror,
-            num_rows=len(self._batch.rows),
-            num_entries=int(reads.num_read_BK.sum()),
-            max_chosen=reads.max_chosen,
-        )
+        choosers = [Chooser(reader, self._heads(places, reads), self._ops) for reader, places in shares.values()]
+        lists = None if reads.is_sparse_B.all() else PageLists(self._mirror, int(reads.num_read_BK.sum()))
         return Site(self._kernel(len(self._sites)), lists, choosers, self._mirror)
+
+    def _heads(self, places: list[int], reads: HeadReads) -> SparseHeads:
+        pool = self._batch.pool
+        most = {"max_stored": int(reads.num_stored_BK[places].max()), "max_read": int(reads.num_read_BK[places].max())}
+        return SparseHeads(places, pool.num_kv_heads, pool.page_size, pool.device, **most)
 
 
 def kernel_shape(batch: DecodeBatch, q_THD: Tensor, scale: float, sliding_window: int | None) -> KernelShape:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from packlight.attention.base import DecodeBatch, FixedShape
 from packlight.attention.flashinfer.decode import kernel_shape
+from packlight.attention.flashinfer.heads import SparseHeads
 from packlight.attention.flashinfer.kernels import Kernels, KernelShape
 from packlight.attention.flashinfer.lists import PageLists
 from packlight.attention.flashinfer.mirror import TableMirror
+from packlight.attention.flashinfer.ops import PageOps
 from packlight.attention.flashinfer.reads import HeadReads, head_reads, page_budgets
 from packlight.attention.flashinfer.site import Chooser, Site
 from packlight.attention.flashinfer.store import TokenStore
@@ -42,12 +44,14 @@ class _Planned(NamedTuple):
 class FixedDecode:
     """See `FixedPlan`. The mirror must stay where it is from now on."""
 
-    def __init__(self, batch: DecodeBatch, shape: FixedShape, mirror: TableMirror, kernels: Kernels) -> None:
-        self._shape, self._mirror, self._kernels, self._pool = shape, mirror, kernels, batch.pool
+    def __init__(
+        self, batch: DecodeBatch, shape: FixedShape, mirror: TableMirror, kernels: Kernels, ops: PageOps
+    ) -> None:
+        self._shape, self._mirror, self._kernels, self._pool, self._ops = shape, mirror, kernels, batch.pool, ops
         assert shape.num_pages <= mirror.num_columns, "room was not reserved"
         self._pages_RLKM = mirror.pages_RLKM
         pool = batch.pool
-        self._store = TokenStore(shape.num_rows, pool.num_layers, pool.num_kv_heads, pool.device)
+        self._store = TokenStore(shape.num_rows, pool.num_layers, pool.num_kv_heads, pool.device, ops)
         self._sites: dict[LayerKind, _Planned] = {}
 
     def load(self, batch: DecodeBatch) -> None:
@@ -82,23 +86,16 @@ class FixedDecode:
         return head_reads(self._lengths_BLK[:, layer], self._pool.page_size, budgets_B, sliding_window)
 
     def _make_site(self, kind: LayerKind) -> Site:
-        num_rows, num_kv_heads = self._shape.num_rows, self._pool.num_kv_heads
-        max_read = self._max_read(kind)
-        num_entries = num_rows * num_kv_heads * max_read
-        kernel = self._kernels.fixed_decode(num_rows * num_kv_heads, num_entries)
-        choosers = []
-        if kind.is_sparse:
-            assert self._shape.reading is not None
-            every_place = range(num_rows)
-            reader, num_pages = self._shape.reading.reader, self._shape.num_pages
-            choosers.append(Chooser(reader, every_place, num_kv_heads, max_stored=num_pages, max_chosen=max_read))
-        lists = PageLists(
-            self._mirror,
-            num_rows=num_rows,
-            num_entries=num_entries,
-            max_chosen=max_read if kind.is_sparse else 0,
-        )
-        return Site(kernel, lists, choosers, self._mirror)
+        pool, num_rows, max_read = self._pool, self._shape.num_rows, self._max_read(kind)
+        num_entries = num_rows * pool.num_kv_heads * max_read
+        kernel = self._kernels.fixed_decode(num_rows * pool.num_kv_heads, num_entries)
+        if not kind.is_sparse:
+            return Site(kernel, PageLists(self._mirror, num_entries), (), self._mirror)
+        assert self._shape.reading is not None
+        # Every row is chosen for, also one that reads all it has: which row that is differs from step to step.
+        most = {"max_stored": self._shape.num_pages, "max_read": max_read}
+        heads = SparseHeads(range(num_rows), pool.num_kv_heads, pool.page_size, pool.device, **most)
+        return Site(kernel, None, [Chooser(self._shape.reading.reader, heads, self._ops)], self._mirror)
 
     def _max_read(self, kind: LayerKind) -> int:
         """Pages that a head reads at most."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from packlight.attention.flashinfer.heads import LayerTable
 from packlight.attention.upload import upload
 from packlight.kv.table import HeadPageTable, Int32s
 
@@ -24,6 +25,9 @@ class TableMirror:
         self._num_pages_RLK: Int32s = np.zeros((num_rows, num_layers, num_kv_heads), dtype=np.int32)
         self._lives_R = np.full(num_rows, -1, dtype=np.int64)
         self.pages_RLKM = torch.zeros((num_rows, num_layers, num_kv_heads, 1), dtype=torch.int32, device=device)
+
+    def layer(self, layer: int) -> LayerTable:
+        return LayerTable(self.pages_RLKM.view(-1), layer * self.pages_RLKM.stride(1))
 
     @property
     def num_columns(self) -> int:

@@ -37,15 +37,6 @@ class HeadReads:
         last_fill_BK = (self.lengths_BK - 1) % page_size + 1
         return PageCounts(self.num_read_BK.ravel(), last_fill_BK.ravel())
 
-    @property
-    def max_stored(self) -> int:
-        return int(self.num_stored_BK.max())
-
-    @property
-    def max_chosen(self) -> int:
-        """Pages that a sparse head chooses at most; 0 where no row is sparse."""
-        return int(self.num_read_BK[self.is_sparse_B].max(initial=0))
-
 
 def head_reads(lengths_BK: Int32s, page_size: int, budgets_B: Int32s, sliding_window: int | None) -> HeadReads:
     """A row is sparse where a head has more pages than the row's budget; then no head reads more than that. With a

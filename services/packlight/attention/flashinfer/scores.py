@@ -1,33 +1,27 @@
-"""Asking a reader for its scores on the device. Legend as in `attention/base.py`, n rows that share a reader."""
+"""Asking a reader for its scores on the device. Legend as in `attention/base.py`, n rows that share a reader, Y = n * K
+heads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from packlight.attention.flashinfer.bounds import StoredBounds
+from packlight.attention.flashinfer.heads import Field, LayerTable, SparseHeads
 from packlight.kv.reading import PageQuery, PageReader
 
 
 def page_scores(
     reader: PageReader,
     layer: int,
-    rows: Sequence[int],
-    q_nKGD: Tensor,
+    q_XGD: Tensor,
     scale: float,
     bounds_NE: Tensor,
-    pages_nKM: Tensor,
-    num_stored_nK: Tensor,
-    num_tokens_nKM: Tensor,
+    table: LayerTable,
+    heads: SparseHeads,
 ) -> Tensor:
-    """fp32 `[n, K, M]`, finite where there is a page. `pages_nKM` may hold any ids behind a head's last page."""
-    bounds = StoredBounds(bounds_NE, pages_nKM, num_stored_nK)
-    return reader.score(PageQuery(layer, rows, q_nKGD, scale, bounds, num_tokens_nKM))
-
-
-def page_fills(lengths_nK: Tensor, page_size: int, num_pages: int) -> Tensor:
-    """`[n, K, M]`: how many tokens are on each of M = `num_pages` pages, 0 behind the last."""
-    start_M = torch.arange(num_pages, device=lengths_nK.device) * page_size
-    return (lengths_nK[..., None] - start_M).clamp(0, page_size)
+    """fp32 `[Y, 1, M]`, finite where there is a page."""
+    shape = (len(heads.rows), heads.num_kv_heads)
+    q_nKGD = q_XGD.index_select(0, heads[Field.ASKED]).view(*shape, *q_XGD.shape[1:])
+    pages_nKM, num_tokens_nKM = (x.view(*shape, -1) for x in (heads.pages_YM(table), heads.num_tokens_YM))
+    bounds = StoredBounds(bounds_NE, pages_nKM, heads.num_stored_Y.view(shape))
+    return reader.score(PageQuery(layer, heads.rows, q_nKGD, scale, bounds, num_tokens_nKM)).flatten(0, 1)[:, None]

@@ -1,7 +1,8 @@
-"""A Llama-like model in plain torch: every device, every dtype, and the oracle of the compiled one.
+"""A Llama-like model of matrix products and a few operations between them: every device, every dtype, and on the CPU
+the oracle of the compiled one.
 
-Legend: T tokens of the flat batch, C hidden size, I intermediate size, H query heads, K KV heads, D head dim, R rows
-wanted, V vocabulary.
+Legend: T tokens of the flat batch, C hidden size, I intermediate size, H query heads, K KV heads, D head dim,
+E = D / 2, R rows wanted, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from torch import Tensor
 
 from packlight.core.types import ModelSpec
 from packlight.models.base import AttentionSink
-from packlight.models.fused.rotary import inverse_frequencies, rotate, turns
+from packlight.models.fused.ops import LayerOps, Turn, layer_ops
+from packlight.models.fused.rotary import inverse_frequencies, turns
 from packlight.models.fused.shape import Shape
 from packlight.models.fused.weights import Checkpoint, LayerWeights, Matrix
 
 
 class PlainModel:
-    """A `LanguageModel` of matrix products and torch's own norms."""
+    """A `LanguageModel`."""
 
-    def __init__(self, checkpoint: Checkpoint, shape: Shape, spec: ModelSpec, device: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, shape: Shape, spec: ModelSpec, device: str, ops: LayerOps | None = None
+    ) -> None:
+        """`ops` are the fastest on `device` unless others are given."""
         self.spec = spec
-        self._shape = shape
+        self._shape, self._ops = shape, ops or layer_ops(device)
         self._frequencies_E = inverse_frequencies(shape.rope, shape.head_dim).to(device)
         self._embedding_VC, self._final_norm_C = checkpoint.embedding(), checkpoint.final_norm()
         head_VC = checkpoint.head()
@@ -31,33 +36,31 @@ class PlainModel:
 
     @torch.inference_mode()
     def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: AttentionSink, logits_at_R: Tensor) -> Tensor:
-        hidden_TC = F.embedding(tokens_T, self._embedding_VC)
+        hidden_TC, delta_TC = F.embedding(tokens_T, self._embedding_VC), None
         cosines_TE, sines_TE = turns(positions_T, self._frequencies_E)
         for index, layer in enumerate(self._layers):
-            q_THD, k_TKD, v_TKD = self._heads(layer, hidden_TC, cosines_TE, sines_TE)
-            window, scale = self._shape.sliding_windows[index], self._shape.head_dim**-0.5
-            out_THD = batch.attend(index, q_THD, k_TKD, v_TKD, scale=scale, sliding_window=window)
-            hidden_TC = hidden_TC + _times(out_THD.flatten(1), layer.out)
-            hidden_TC = hidden_TC + self._mlp(layer, hidden_TC)
-        return F.linear(self._norm(hidden_TC[logits_at_R], self._final_norm_C), self._head_VC).float()
+            # What a layer adds to the hidden state is added where it is next read: in one pass with the norm there.
+            hidden_TC, normed_TC = self._add_norm(hidden_TC, delta_TC, layer.attention_norm_C)
+            turn = Turn(cosines_TE, sines_TE, layer.q_norm_D, layer.k_norm_D, self._shape.epsilon)
+            attended_TX = self._attention(index, layer, normed_TC, turn, batch)
+            hidden_TC, normed_TC = self._add_norm(hidden_TC, _times(attended_TX, layer.out), layer.mlp_norm_C)
+            delta_TC = _times(self._ops.gate(_times(normed_TC, layer.gate_up)), layer.down)
+        delta_RC = delta_TC[logits_at_R] if delta_TC is not None else None
+        _, normed_RC = self._add_norm(hidden_TC[logits_at_R], delta_RC, self._final_norm_C)
+        return F.linear(normed_RC, self._head_VC).float()
 
-    def _heads(
-        self, layer: LayerWeights, hidden_TC: Tensor, cosines_TE: Tensor, sines_TE: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _attention(
+        self, index: int, layer: LayerWeights, normed_TC: Tensor, turn: Turn, batch: AttentionSink
+    ) -> Tensor:
+        """`[T, H * D]`."""
         shape = self._shape
-        qkv = _times(self._norm(hidden_TC, layer.attention_norm_C), layer.qkv)
-        heads = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
-        q_THD, k_TKD, v_TKD = torch.split(qkv.view(len(qkv), -1, shape.head_dim), heads, dim=1)
-        if layer.q_norm_D is not None and layer.k_norm_D is not None:
-            q_THD, k_TKD = self._norm(q_THD, layer.q_norm_D), self._norm(k_TKD, layer.k_norm_D)
-        return rotate(q_THD, cosines_TE, sines_TE), rotate(k_TKD, cosines_TE, sines_TE), v_TKD
+        qkv_TX = _times(normed_TC, layer.qkv)
+        q_THD, k_TKD, v_TKD = self._ops.turn(qkv_TX, shape.num_heads, shape.num_kv_heads, turn)
+        window, scale = shape.sliding_windows[index], shape.head_dim**-0.5
+        return batch.attend(index, q_THD, k_TKD, v_TKD, scale=scale, sliding_window=window).flatten(1)
 
-    def _mlp(self, layer: LayerWeights, hidden_TC: Tensor) -> Tensor:
-        gate_TI, up_TI = _times(self._norm(hidden_TC, layer.mlp_norm_C), layer.gate_up).chunk(2, dim=-1)
-        return _times(F.silu(gate_TI) * up_TI, layer.down)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self._shape.epsilon)
+    def _add_norm(self, hidden_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor) -> tuple[Tensor, Tensor]:
+        return self._ops.add_norm(hidden_TC, delta_TC, weight_C, self._shape.epsilon)
 
 
 def _times(x: Tensor, matrix: Matrix) -> Tensor:
