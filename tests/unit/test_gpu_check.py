@@ -101,7 +101,7 @@ def parts_of(tmp_path: Path) -> dict[str, Any]:
 def test_what_a_part_said_is_kept(tmp_path: Path, session: Session) -> None:
     session.run(Part("good", ("-c", "print('hello')"), 30.0))
     session.run(Part("bad", ("-c", "1 / 0"), 30.0))
-    session.run(Part("hung", ("-c", "print('begun', flush=True); import time; time.sleep(60)"), 1.5))
+    session.run(Part("hung", ("-c", "print('begun', flush=True); import time; time.sleep(60)"), 4.0))
     found = parts_of(tmp_path)
     session.run(Part("tool", ("-c", "print('hello')"), 30.0, ("/nowhere/sanitizer",)))
     assert [found[name]["rc"] for name in ("good", "bad", "hung")] == [0, 1, None]
@@ -116,7 +116,7 @@ def test_a_figure_that_fails_or_hangs_costs_itself_only(
 ) -> None:
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.setattr(check, "FIGURE_COMMAND", (str(tmp_path / "stand_in.py"),))
-    monkeypatch.setattr(check, "FIGURE_LIMIT_S", 2.0)
+    monkeypatch.setattr(check, "FIGURE_LIMIT_S", 4.0)
     monkeypatch.setattr(check, "FIGURES", ("graphs", "broken", "attention", "slow", "link"))
     check.run_parts(session, check.FIGURES)
     found = parts_of(tmp_path)
@@ -158,7 +158,7 @@ def test_what_a_process_started_ends_with_it(tmp_path: Path) -> None:
     for how, expected in (("hang", None), ("leave", 0)):
         heard: list[str] = []
         rc = process.run(
-            [sys.executable, "-c", script, how], limit_s=2.0, ends_at=time.monotonic() + 30,
+            [sys.executable, "-c", script, how], limit_s=4.0, ends_at=time.monotonic() + 30,
             hear=lambda line, heard=heard: bool(heard.append(line)), cwd=tmp_path, environ=os.environ,
         )  # fmt: skip
         assert rc == expected

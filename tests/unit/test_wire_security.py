@@ -60,7 +60,7 @@ async def server(files: CredentialFiles | None) -> AsyncIterator[tuple[Echo, str
 
 
 async def ask(channel: grpc.aio.Channel) -> list[bytes]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return [data async for data in channel.unary_stream("/echo/Echo")(b"hello")]
 
 

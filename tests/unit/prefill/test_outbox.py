@@ -159,9 +159,9 @@ async def test_waiting_for_a_layer_counts_as_passing_it_on():
     outbox.put_threadsafe(elsewhere(landing, layer(0, offset=1)))
     await asyncio.sleep(0)
     outbox.put(END)
+    since = time.perf_counter()
     reading = asyncio.create_task(read_all(outbox))
     await asyncio.sleep(0)
-    since = time.perf_counter()
     asyncio.get_running_loop().call_later(0.05, landing.set_result, None)
     await reading
     assert 0.04 < outbox.time.busy_s < time.perf_counter() - since + 0.01

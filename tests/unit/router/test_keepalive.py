@@ -29,7 +29,7 @@ class Client:
             self.bodies.put_nowait(message["body"])
 
     async def next(self) -> bytes:
-        return await asyncio.wait_for(self.bodies.get(), 5)
+        return await asyncio.wait_for(self.bodies.get(), 60)
 
     def rest(self) -> list[bytes]:
         return [self.bodies.get_nowait() for _ in range(self.bodies.qsize())]
@@ -54,7 +54,7 @@ async def test_nothing_comes_after_the_block() -> None:
         await client.next()
         client.reads.clear()
         client.asked.clear()
-        await asyncio.wait_for(client.asked.wait(), 5)
+        await asyncio.wait_for(client.asked.wait(), 60)
     client.reads.set()
     await reply.close_stream()
     assert client.rest()[-1] == DONE
@@ -94,4 +94,4 @@ async def test_a_client_that_is_gone_is_not_its_business() -> None:
     reply._send = fail
     client.asked.clear()
     with KeepAlive(reply, 0.001):
-        await asyncio.wait_for(client.asked.wait(), 5)
+        await asyncio.wait_for(client.asked.wait(), 60)

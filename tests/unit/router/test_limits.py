@@ -73,4 +73,4 @@ async def test_draining() -> None:
         waiting = asyncio.create_task(gate.drained())
         await asyncio.sleep(0)
         assert not waiting.done()
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 60)

@@ -91,7 +91,7 @@ async def test_leaving_while_tokenising_starts_nothing(monkeypatch: pytest.Monke
     connection = Connection(harness.app, CHAT, chat_body())
     await asyncio.to_thread(started.wait, 5)
     connection.leave()
-    await asyncio.wait_for(connection.task, 5)
+    await asyncio.wait_for(connection.task, 60)
     go.set()
     assert harness.backend.requests == []
     assert harness.outcomes() == {"cancelled": 1.0}
@@ -101,7 +101,7 @@ async def test_a_body_that_never_arrives_gives_its_slot_back(monkeypatch: pytest
     monkeypatch.setattr(disconnect, "_BODY_TIMEOUT_S", 0.02)
     harness = Harness()
     connection = Connection(harness.app, CHAT, b'{"model":', more_body=True)
-    await asyncio.wait_for(connection.task, 5)
+    await asyncio.wait_for(connection.task, 60)
     assert connection.sent[0]["status"] == 408
     assert harness.gate.num_inside == 0
     assert harness.outcomes() == {"invalid": 1.0}

@@ -201,7 +201,7 @@ async def test_a_request_that_takes_too_long_is_a_504(stream: bool) -> None:
 
 
 async def test_a_stream_that_takes_too_long_ends_with_an_error() -> None:
-    harness = Harness([Say([80]), Wait()], request_timeout_s=0.05)
+    harness = Harness([Say([80]), Wait()], request_timeout_s=0.5)
     response = await harness.chat(stream=True)
     assert events_of(response)[-1]["error"]["code"] == "timeout"
     assert set(harness.backend.ended.values()) == {"closed"}
@@ -210,7 +210,7 @@ async def test_a_stream_that_takes_too_long_ends_with_an_error() -> None:
 async def test_a_reader_that_is_stuck_stops_the_backend_and_is_cut() -> None:
     harness = Harness([*(Say([80]) for _ in range(1000)), End()], request_timeout_s=0.2)
     connection = Connection(harness.app, CHAT, chat_body(stream=True), max_parts=2)
-    await asyncio.wait_for(connection.task, 5)
+    await asyncio.wait_for(connection.task, 60)
     (num_steps,) = harness.backend.num_steps.values()
     assert num_steps < 50
     assert harness.backend.num_open == 0
