@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.packlight-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve cluster test test-fast eval bench load check types sanitize gpu-wheels gpu-check gpu-memcheck fmt proto docs chart clean
+.PHONY: help setup serve cluster test test-fast eval bench load check style types sanitize generated gpu-wheels gpu-check gpu-memcheck fmt proto docs chart clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,17 +53,23 @@ load: setup ## Load a server and report on it, by default one started for it: ma
 	$(BIN)/python -m loadtest run --json load.json --html load.html $(LOAD)
 
 check: setup ## Formatting, lint, types, import direction, and generated files that must not differ
+	$(MAKE) style
+	$(MAKE) -j 2 types sanitize
+	$(MAKE) generated
+
+style: setup ## Formatting and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(MAKE) -j 2 types sanitize
-	$(MAKE) proto docs
+
+generated: proto docs ## Generated files that must not differ
 	git diff --exit-code -- services/packlight/wire/v1 docs/configuration.md docs/recipes.md docs/metrics.md docs/operations.md README.md
 
 types: setup ## Types and import direction
 	$(BIN)/mypy -p packlight -p loadtest
 	$(BIN)/lint-imports
 
-# Python itself is not built with the sanitizers, so what the libraries need of them is loaded before it.
+# Python itself is not built with the sanitizers, so what the libraries need of them is loaded before it. Of a grid of
+# parameters every pair is asked: tests/support/pairwise.py.
 CXX_FILE = $(shell $(CXX) -print-file-name=$(1))
 sanitize: setup ## The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PACKLIGHT_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libubsan.so)" \

@@ -18,9 +18,13 @@ from packlight.core.config import DType, ModelConfig
 from packlight.core.workers import Role
 from packlight.engine.build import build_model
 from packlight.models.opened import OpenedModel, open_model
+from tests.support.native import SANITIZED
+from tests.support.pairwise import pairwise
 
-# How long an example takes says more of the machine than of the code.
-hypothesis.settings.register_profile("packlight", deadline=None)
+# How long an example takes says more of the machine than of the code. `pytest --hypothesis-profile deep` looks longer
+# wherever a test says no number of its own.
+hypothesis.settings.register_profile("packlight", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("deep", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("packlight")
 
 # Who is started in the background by a shell ignores interrupts, and so do the processes that it starts.
@@ -29,9 +33,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest_plugins = ["tests.support.redis_servers", "tests.support.tiny_models"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with long tests come first: whole files go to processes, and what takes minutes must not be begun last.
-    Inside a file the order stays. A test with a timeout of its own is the longest of all."""
+    Inside a file the order stays. A test with a timeout of its own is the longest of all.
+
+    Sanitized kernels are slow: what the whole product of parameters says of them, the plain ones are asked."""
+    if SANITIZED:
+        kept = pairwise(items)
+        chosen = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = kept
     long: dict[Path, list[bool]] = {}
     for item in items:
         marks = [item.get_closest_marker(name) is not None for name in ("timeout", "slow", "e2e")]

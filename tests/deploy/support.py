@@ -48,7 +48,7 @@ def refused(*sets: str, helm: str = chart.GOLDEN_HELM, case: str = "default") ->
 
 
 def objects(case: str, *sets: str) -> list[Object]:
-    return [item for item in yaml.safe_load_all(rendered(case, sets=sets)) if item]
+    return [item for item in yaml.load_all(rendered(case, sets=sets), yaml.CSafeLoader) if item]
 
 
 def pick(items: list[Object], kind: str, component: str | None = None) -> Object:

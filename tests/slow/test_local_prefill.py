@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from packlight.attention.sdpa import SdpaAttention
 from packlight.colocated import PrefillBeside
 from packlight.core.config import Config, DecodeConfig, LocalPrefillConfig, PrefillConfig
+from packlight.core.types import Tokens
 from packlight.decode.worker import DecodeWorker
 from packlight.engine.compute import Compute
 from packlight.engine.engine import LocalEngine
@@ -81,6 +82,13 @@ def request_for(ids, name, prefill_id, num_tokens=MAX_TOKENS):
     return replace(greedy(ids, num_tokens, request_id=f"{name}-{prefill_id}", stop=stop), prefill_id=prefill_id)
 
 
+async def listen(decode, request, into):
+    async with contextlib.aclosing(decode.generate(request)) as events:
+        async for event in events:
+            if isinstance(event, Tokens):
+                into += [token.token_id for token in event.tokens]
+
+
 async def test_local_is_remote_is_plain(smollm2_model, cases):
     async with decode_with_both(smollm2_model) as (decode, registry):
         for name, (ids, expected) in cases.items():
@@ -92,10 +100,12 @@ async def test_local_is_remote_is_plain(smollm2_model, cases):
 async def test_a_prompt_cut_into_small_chunks_by_an_answer_that_runs(smollm2_model, cases):
     (long, long_answer), (short, short_answer) = cases["long"], cases["short"]
     async with decode_with_both(smollm2_model) as (decode, registry):
-        beginning = asyncio.create_task(answer(decode, request_for(short, "a", REMOTE, 200)))
+        said: list[int] = []
+        running_on = asyncio.create_task(listen(decode, request_for(short, "a", REMOTE, 200), said))
         await until(lambda: decode.load().step_s > 0, timeout_s=60)
         assert await answer(decode, request_for(long, "b", LOCAL)) == long_answer
-        assert not beginning.done()
-        assert (await beginning)[:MAX_TOKENS] == short_answer
+        assert not running_on.done()
+        running_on.cancel()
+        assert said[:MAX_TOKENS] == short_answer
         num_steps = registry.get_sample_value("packlight_prefill_step_tokens_count")
         assert num_steps > 2 * len(long) / PrefillConfig().chunk_tokens

@@ -5,7 +5,7 @@ import torch
 
 from packlight.core.types import PackSpec
 from tests.support.fake_pair import answer, collect
-from tests.support.real_pair import EvictingAttention, MaskedAttention, greedy, real_pair
+from tests.support.real_pair import PAGE, EvictingAttention, MaskedAttention, greedy, real_pair
 
 pytestmark = pytest.mark.slow
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -28,12 +28,11 @@ def needle_prompt(tokenizer, num_sentences, depth, number):
 @pytest.mark.parametrize(
     ("pack", "chunk_tokens"),
     [
-        (PackSpec("snapkv", budget_tokens=96, window=16, sinks=4, kernel=15), 512),
         (PackSpec("snapkv", budget_tokens=96, window=16, sinks=4, kernel=15), 100),
         (PackSpec("snapkv", budget_tokens=160, window=32, sinks=0, kernel=63), 512),
         (PackSpec("none"), 100),
     ],
-    ids=["96-512", "96-100", "160-512", "none-100"],
+    ids=["96-100", "160-512", "none-100"],
 )
 async def test_decode_logits_are_those_of_masked_dense_attention(smollm2, smollm2_model, pack, chunk_tokens):
     ids = needle_prompt(smollm2.tokenizer, 18, 0.4, 8015764)
@@ -51,9 +50,13 @@ async def test_decode_logits_are_those_of_masked_dense_attention(smollm2, smollm
 
 
 async def test_the_needle_is_found_in_a_packed_kv(smollm2, smollm2_model):
-    """Selected while the prompt is computed, then twice again from the exact KV that stayed behind."""
-    number = "7368886"
-    ids = needle_prompt(smollm2.tokenizer, 86, 0.5, number)
+    """Selected while the prompt is computed, then again and again from the exact KV that stayed behind: kept, and read.
+
+    Quest reads a quarter of the pages here and RocketKV an eighth, at which this model is at its limit: of five needles
+    at other depths and numbers it finds, at this budget, three with Quest or FreeKV, four with RocketKV, and all five
+    with SnapKV."""
+    number = "6640218"
+    ids = needle_prompt(smollm2.tokenizer, 86, 0.65, number)
     assert 1900 < len(ids) < 2300
     async with real_pair(smollm2_model, num_tokens=4096) as pair:
         for times_smaller in (8, 4, 1):
@@ -65,11 +68,17 @@ async def test_the_needle_is_found_in_a_packed_kv(smollm2, smollm2_model):
             assert usage.shipped_bytes <= usage.exact_bytes / times_smaller * 1.05
             assert usage.retained_mass is not None
             assert usage.retained_mass > 0.5
+        for recipe, times_fewer in (("rocketkv", 8), ("quest", 4)):
+            tokens, event = await collect(pair.decode, greedy(ids, 10, pack=PackSpec(recipe, ratio=0.25, kernel=63)))
+            assert number in smollm2.tokenizer.decode(tokens), recipe
+            assert event.usage.kv.num_read_tokens <= len(ids) / times_fewer + 1
+            assert event.usage.kv.num_kept_tokens > 2 * event.usage.kv.num_read_tokens
 
 
 async def test_h2o_evicts_while_it_decodes_as_plain_python_does(smollm2, smollm2_model):
-    """Every step's logits, with 64 of 300 tokens kept and one evicted for each that is generated."""
-    ids = needle_prompt(smollm2.tokenizer, 8, 0.4, 8015764)
+    """Every step's logits, with 64 of 200 tokens kept and one evicted for each that is generated."""
+    ids = needle_prompt(smollm2.tokenizer, 4, 0.4, 8015764)
+    assert len(ids) > 190
     pack = PackSpec("h2o", budget_tokens=64, window=16, params=(("evict", 1.0),))
     async with real_pair(smollm2_model, num_tokens=2048) as pair:
         tokens, event = await collect(pair.decode, greedy(ids, 24, pack=pack))
@@ -88,23 +97,11 @@ async def test_reading_every_page_is_exact(smollm2, smollm2_model):
         answers = {}
         for recipe in ("none", "quest", "freekv", "rocketkv"):
             pack = PackSpec(recipe, budget_tokens=len(ids)) if recipe != "none" else PackSpec()
-            answers[recipe] = await collect(pair.decode, greedy(ids, 24, pack=pack, cache_salt=recipe))
+            answers[recipe] = await collect(pair.decode, greedy(ids, PAGE, pack=pack))
     exact, _ = answers.pop("none")
     for recipe, (tokens, event) in answers.items():
         assert tokens == exact, recipe
         assert event.usage.kv.num_read_tokens == event.usage.kv.num_kept_tokens == len(ids)
-
-
-@pytest.mark.parametrize(("recipe", "number", "depth"), [("rocketkv", "4502931", 0.2), ("quest", "6640218", 0.65)])
-async def test_the_needle_is_found_by_reading_a_quarter_of_the_pages(smollm2, smollm2_model, recipe, number, depth):
-    """RocketKV reads an eighth. This model is at its limit here: of five needles at other depths and numbers it finds,
-    at this budget, three with Quest or FreeKV, four with RocketKV, and all five with SnapKV."""
-    ids = needle_prompt(smollm2.tokenizer, 86, depth, number)
-    async with real_pair(smollm2_model, num_tokens=4096) as pair:
-        tokens, event = await collect(pair.decode, greedy(ids, 10, pack=PackSpec(recipe, ratio=0.25, kernel=63)))
-    assert number in smollm2.tokenizer.decode(tokens)
-    assert event.usage.kv.num_read_tokens <= len(ids) / (8 if recipe == "rocketkv" else 4) + 1
-    assert event.usage.kv.num_kept_tokens > 2 * event.usage.kv.num_read_tokens
 
 
 async def test_int8_in_memory_says_what_exact_kv_says(smollm2, smollm2_model):

@@ -16,10 +16,11 @@ from tests.support.real_pair import greedy
 pytestmark = pytest.mark.slow
 
 RANKS, NUM_TOKENS = 3, 12
-PACKS = {
-    "none": PackSpec(),
-    "snapkv": PackSpec("snapkv", budget_tokens=96, window=16),
-    "rocketkv": PackSpec("rocketkv", budget_tokens=64, window=16),
+# Each recipe, and how many ranks prefill and decode: one side alone where a recipe does its work there.
+CASES = {
+    "none": (PackSpec(), [(RANKS, 1), (1, RANKS), (RANKS, RANKS)]),
+    "snapkv": (PackSpec("snapkv", budget_tokens=96, window=16), [(RANKS, 1), (RANKS, RANKS)]),
+    "rocketkv": (PackSpec("rocketkv", budget_tokens=64, window=16), [(1, RANKS), (RANKS, RANKS)]),
 }
 STORY = "The mill stood by the river, and every morning the miller counted the sacks, {} of them. "
 
@@ -32,14 +33,15 @@ def engines(smollm2, smollm2_model):
     crew.close()
 
 
-@pytest.mark.parametrize("recipe", PACKS)
-async def test_three_ranks_say_what_one_says(engines, smollm2, recipe):
+@pytest.mark.parametrize(("pack", "ways"), CASES.values(), ids=CASES)
+async def test_three_ranks_say_what_one_says(engines, smollm2, pack, ways):
     config, by_ranks = engines
     story = "".join(STORY.format(number) for number in range(12))
     prompts = [smollm2.tokenizer.encode(text) for text in (story + "So the miller", "Once upon a time,")]
     said = {}
-    for ways in ((1, 1), (RANKS, 1), (1, RANKS), (RANKS, RANKS)):
-        async with pair_of_engines(config, by_ranks[ways[0]], by_ranks[ways[1]]) as decode:
-            requests = [greedy(ids, NUM_TOKENS, pack=PACKS[recipe], request_id=str(len(ids))) for ids in prompts]
-            said[ways] = await asyncio.gather(*(answer(decode, request) for request in requests))
+    for prefill_ranks, decode_ranks in ((1, 1), *ways):
+        async with pair_of_engines(config, by_ranks[prefill_ranks], by_ranks[decode_ranks]) as decode:
+            requests = [greedy(ids, NUM_TOKENS, pack=pack, request_id=str(len(ids))) for ids in prompts]
+            answers = await asyncio.gather(*(answer(decode, request) for request in requests))
+            said[prefill_ranks, decode_ranks] = answers
     assert all(answers == said[1, 1] for answers in said.values()), said

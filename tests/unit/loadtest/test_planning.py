@@ -12,10 +12,8 @@ from loadtest.planning import make_plan, most_questions
 from loadtest.scenario import FOLDER, Scenario, find_scenario, load_scenario, scenario_names
 from loadtest.settings import build, override
 from packlight.bench.serve.prompts import Prompts, Question
-from packlight.core.config import ModelConfig
 from packlight.core.errors import ConfigError
 from packlight.models.fake_spec import FakeTokenizer
-from packlight.models.opened import open_model
 
 SOURCE = FOLDER / "made_up.yaml"
 FAKE = Prompts(FakeTokenizer(), "chat")
@@ -104,13 +102,12 @@ def test_a_trace_becomes_conversations_of_its_lengths():
 
 
 @pytest.mark.parametrize("name", [name for name in scenario_names() if name != "trace_replay"])
-def test_every_shipped_scenario_can_be_planned_for_smollm2(name):
+def test_every_shipped_scenario_can_be_planned_for_smollm2(smollm2, name):
     """A tenth of its requests, which all fit the model."""
-    opened = open_model(ModelConfig(path="smollm2"), on_progress=print)
     path = find_scenario(name)
     scenario = load_scenario(path)
     few = scenario.model_copy(update={"duration_s": max(24.0, scenario.duration_s / 10)})
-    assert make_plan(few, path, Prompts(opened.tokenizer, "chat"), {}, 0, opened.spec.max_context).conversations
+    assert make_plan(few, path, Prompts(smollm2.tokenizer, "chat"), {}, 0, smollm2.spec.max_context).conversations
 
 
 def test_a_plan_survives_its_file(tmp_path):
