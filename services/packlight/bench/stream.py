@@ -4,7 +4,7 @@ Knows one buffer that no cache holds, and several ways of reading it once. Which
 so all are measured in every round and the one with the best median is the limit. It is *read* bandwidth, because
 decoding reads weights and KV and writes next to nothing; a copy would count its writes as well.
 
-    native     `packlight_stream_read` of the compiled kernels, where they can be had
+    native     `packlight_stream_read` of the compiled kernels: four runs of memory side by side in each thread
     max_u8     torch: the largest byte
     sum_i64    torch: the sum of 64-bit words
     dot_f32    torch: a dot product of the buffer's halves, which goes through the BLAS
