@@ -1,6 +1,8 @@
 """gRPC channels and servers with the settings that production taught the field.
 
-- keepalive with `ping_timeout_ms`: a frozen peer is otherwise noticed after a minute (tried; 1.7 s with these);
+- keepalive with `ping_timeout_ms`: a frozen peer is otherwise noticed after a minute. Whoever waits for an answer gives
+  a silent server up after 3 s; a server, which has nothing to wait for, gives a silent client 10 s: on a machine with
+  more work than cores a process that is well may not come to answer for a second or two;
 - a server must permit those pings (`min_ping_interval_without_data_ms`; unknown names are ignored without a word), or
   it ends a connection that is quiet for 6 s with GOAWAY;
 - an address that does not answer is given up after 2 s instead of 20;
@@ -22,21 +24,27 @@ from packlight.wire.security import MembersOnly, channel_credentials, server_cre
 COMMON = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    ("grpc.http2.ping_timeout_ms", 1500),
     ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 1500),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 CLIENT = [
     *COMMON,
+    ("grpc.http2.ping_timeout_ms", 3000),
+    ("grpc.keepalive_timeout_ms", 3000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 2000),  # despite its name: how long one attempt to connect may take
     ("grpc.max_reconnect_backoff_ms", 1000),
     # Else a new channel inherits the failures, and the waiting, of an older one to the same address.
     ("grpc.use_local_subchannel_pool", 1),
 ]
-SERVER = [*COMMON, ("grpc.http2.min_ping_interval_without_data_ms", 500), ("grpc.so_reuseport", 0)]
+SERVER = [
+    *COMMON,
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.so_reuseport", 0),
+]
 
 
 RETIREMENT_S = 3600.0
