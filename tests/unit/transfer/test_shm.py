@@ -27,9 +27,17 @@ def payload(size, seed=0):
     return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def num_open():
+def open_segments():
+    """Of all descriptors: what other tests left behind may be closed at any time."""
     gc.collect()
-    return len(os.listdir("/proc/self/fd"))
+    return sum(shm.NAME in target for target in map(target_of, os.listdir("/proc/self/fd")))
+
+
+def target_of(descriptor):
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except FileNotFoundError:  # the listing's own
+        return ""
 
 
 def mapped_segments():
@@ -75,14 +83,15 @@ def test_memory_is_lent_while_it_is_needed_and_given_back():
 
 
 def test_nothing_is_left_open_or_mapped():
-    before, mapped = num_open(), mapped_segments()
+    before, mapped = open_segments(), mapped_segments()
     for _ in range(3):
         with joined() as (sender, receiver):
+            assert open_segments() > before
             (header,) = send(sender, 0, payload(5000))
             received = receiver.take(header)
         assert torch.equal(received.payload, payload(5000))
         del received, receiver, sender, header
-    assert num_open() == before
+    assert open_segments() == before
     assert mapped_segments() == mapped
 
 
@@ -174,7 +183,7 @@ def test_another_segment_in_the_same_place_is_not_taken_for_the_receivers(place,
     with pytest.raises(ShipmentIncompatible, match="another one"):
         ShmTransport().sender(changed(receiver.offer, place, change))
     receiver.release()
-    assert num_open() == before
+    assert open_segments() == before
 
 
 def test_a_segment_that_could_be_shrunk_is_refused():
@@ -243,5 +252,5 @@ def test_what_a_killed_process_has_written_can_be_read_and_nothing_else_is_left(
     assert len(headers) == 2
     receiver.release()
     del received
-    assert num_open() == before
+    assert open_segments() == before
     assert not any(shm.NAME in name for name in os.listdir("/dev/shm"))
