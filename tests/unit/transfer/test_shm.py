@@ -178,7 +178,7 @@ def changed(offer, place, change):
     ids=["size", "nonce"],
 )
 def test_another_segment_in_the_same_place_is_not_taken_for_the_receivers(place, change):
-    before = num_open()
+    before = open_segments()
     receiver = ShmTransport().receiver(num_layers=1, max_layer_bytes=MAX_BYTES)
     with pytest.raises(ShipmentIncompatible, match="another one"):
         ShmTransport().sender(changed(receiver.offer, place, change))
@@ -239,7 +239,7 @@ SENDER = """
 def test_what_a_killed_process_has_written_can_be_read_and_nothing_else_is_left():
     from packlight.wire.frames import event_from_bytes
 
-    before = num_open()
+    before = open_segments()
     receiver = ShmTransport().receiver(num_layers=2, max_layer_bytes=MAX_BYTES)
     command = [sys.executable, "-c", textwrap.dedent(SENDER), receiver.offer]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
