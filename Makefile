@@ -12,7 +12,8 @@ help: ## Print this list
 
 setup: $(STAMP) ## Make .venv with everything needed to serve and to test
 
-# torch first: on Linux a bare `torch` requirement pulls gigabytes of CUDA libraries onto a laptop without a GPU.
+# torch first, and by itself: whether it brings gigabytes of CUDA libraries along is up to the index it comes from. An
+# index of CPU builds, if pip is given one (PIP_EXTRA_INDEX_URL), is asked before the rest adds requirements of its own.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

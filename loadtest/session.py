@@ -62,6 +62,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
     if arguments.url is not None:
         check_url(arguments.url)
     body_of(arguments)
+    api_key(arguments)
     tokenizer = arguments.tokenizer or _served_model(arguments.serve_set) or "smollm2"
     opened = open_model(ModelConfig(path=tokenizer), on_progress=say)
     return Job(
@@ -97,7 +98,7 @@ def target_of(arguments: argparse.Namespace) -> Iterator[Target]:
 
 
 def measure(job: Job) -> tuple[LoadRun, bool]:
-    """The run, and whether it was interrupted; what was answered by then is kept. Raises StartupError."""
+    """The run, and whether it was interrupted or lost a sender; what was answered is kept. Raises StartupError."""
     with target_of(job.arguments) as target, tempfile.TemporaryDirectory(prefix="packlight-load-") as folder:
         plan = plan_for(job, target)
         plan_path, samples_path = Path(folder) / "plan.json", Path(folder) / "samples.jsonl"
@@ -112,8 +113,12 @@ def measure(job: Job) -> tuple[LoadRun, bool]:
         counted = tuple(_counted(sample, job.prompts) for sample in samples)
         scrapes = scraper.since(began_at) if began_at is not None else ()
         run = LoadRun(header=_header(job, target, plan), samples=counted, scrapes=scrapes)
+        num_lost = len(plan.conversations) - len({sample.conversation for sample in samples})
+        if num_lost and not is_interrupted:
+            say(f"a sending process ended before its time: nothing is known of {num_lost} conversations")
         # On Locust's page a run that is over stays until somebody ends it.
-        return replace(run, figures=figures(run)), is_interrupted and len(samples) < run.header.num_planned
+        is_cut = num_lost > 0 or (is_interrupted and len(samples) < run.header.num_planned)
+        return replace(run, figures=figures(run)), is_cut
 
 
 def _drive(command: Sequence[str], scraper: Scraper) -> bool:
@@ -215,7 +220,11 @@ def body_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def api_key(arguments: argparse.Namespace) -> str | None:
-    return os.environ.get(arguments.api_key_from) if arguments.api_key_from else None
+    """Raises ConfigError if the variable that is to hold it does not."""
+    variable = arguments.api_key_from
+    if variable and not os.environ.get(variable):
+        raise ConfigError(f"--api-key-from {variable}: there is no such environment variable; export the key in it")
+    return os.environ[variable] if variable else None
 
 
 def _object(flag: str, text: str | None) -> dict[str, Any]:

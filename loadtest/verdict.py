@@ -4,7 +4,7 @@
 1    too many requests failed, or a `--require` floor was missed
 2    a flag or a file is wrong
 3    no server answers
-130  interrupted
+130  interrupted, or a sending process died
 """
 
 from __future__ import annotations

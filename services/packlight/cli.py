@@ -10,9 +10,11 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Literal
 
 import yaml
 
@@ -36,6 +38,8 @@ ROLES: Mapping[str, str] = {
     "config": "print the effective configuration and exit",
 }
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. 0 after a clean end, 1 where a doctor or a benchmark is not content, 2 for a wrong flag, file or
@@ -56,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(config.log_level, format=config.log_format)
         if arguments.role == "eval":
             return evaluation.run(arguments, config, sys.argv[1:] if argv is None else argv)
-        asyncio.run(_run(arguments.role, config))
+        with _ended_by_signals():
+            asyncio.run(_run(arguments.role, config))
     except StartupError as error:
         print(f"packlight {arguments.role}: {error.message}", file=sys.stderr)
         return 2
@@ -70,7 +75,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(Path(path).read_bytes()) or {}
+            tree = yaml.load(Path(path).read_bytes(), _Loader) or {}
         except OSError as error:
             raise ConfigError(f"--config {path}: {error.strerror}") from None
         except yaml.YAMLError as error:
@@ -78,6 +83,18 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
         if not isinstance(tree, dict):
             raise ConfigError(f"--config {path}: a mapping of sections is expected, got {type(tree).__name__}")
     return build_config(tree, overrides)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice. YAML's own takes the last one, without a word about the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(problem=f"{name} is there twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,10 +116,41 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _run(role: str, config: Config) -> None:
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    await _entry(role)(config, stop, _say)
+    serve = _entry(role)
+    if role != "router":
+        from packlight.engine.device import check_device
+
+        check_device(config.model.device)
+    await serve(config, _Stop(), _say)
+
+
+class _Stop(asyncio.Event):
+    """Set by a signal, from when somebody waits for it: then there are requests to finish. Before that the loop is kept
+    from looking, by the model being loaded, for as long as that takes."""
+
+    async def wait(self) -> Literal[True]:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self.set)
+        return await super().wait()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Until a `_Stop` takes over, a signal ends what runs within at once. As the first process of a container this one
+    would otherwise not even notice SIGTERM."""
+    before = {number: signal.signal(number, _end) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(0)
 
 
 def _entry(role: str) -> Callable[[Config, asyncio.Event, Callable[[str], None]], Awaitable[None]]:

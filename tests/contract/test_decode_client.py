@@ -15,6 +15,7 @@ from packlight.core.errors import (
     DeadlineExceeded,
     Draining,
     InternalError,
+    InvalidRequest,
     PacklightError,
     QueueFull,
     RequestNeverFits,
@@ -307,6 +308,33 @@ async def test_a_bug_in_the_worker_costs_one_request_not_the_stream():
             await client.close()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [({"pack": {"pooling": "of a later release"}}, InvalidRequest), ({"token_ids": b"cut"}, InternalError)],
+    ids=["unknown", "cut"],
+)
+async def test_a_request_that_is_not_understood_costs_itself_not_the_stream(wrong, error):
+    async with fake_pair() as pair, loopback(decode_handler(pair.decode)) as (_, channel):
+        client = GrpcDecodeClient(channel, DECODE_ID)
+        pair.decode_gate.is_open = False  # the neighbour does not get to its end
+        neighbour = await begin(client, make_request(PROMPT, 30, request_id="neighbour"))
+        strange = decode_pb2.GenerateRequest(request_id="strange", **wrong)
+        answered = client._stream._requests["strange"] = asyncio.Queue()
+        client._stream._outgoing.put_nowait(decode_pb2.ClientMessage(submit=strange))
+        assert isinstance((await answered.get()).error, error)
+        pair.decode_gate.let_all()
+        assert isinstance((await rest_of(neighbour))[1], Finished)
+        await client.close()
+
+
+async def test_a_request_that_cannot_be_sent_leaves_nothing_behind():
+    async with fake_pair() as pair, over_grpc(pair.decode) as client:
+        with pytest.raises(ValueError, match="out of range"):
+            await answer(client, make_request(PROMPT, 2**40))
+        assert client.is_idle
+        assert await answer(client, make_request(PROMPT)) == fake_answer(PROMPT, 8)
+
+
 class Poisoned:
     """A worker that stumbles over one request."""
 
@@ -463,10 +491,14 @@ async def test_forgetting_a_worker_closes_its_connection_but_not_on_an_answer():
     """It may only have been silent: off the board, and still answering."""
     async with fake_pair() as pair, loopback(decode_handler(pair.decode)) as (server, _):
         clients, worker = GrpcDecodeClients(), info(server.address, 1)
-        events = await begin(clients.get(worker), make_request(PROMPT, 60, request_id="1"))
+        silent = clients.get(worker)
+        events = await begin(silent, make_request(PROMPT, 60, request_id="1"))
         await clients.forget(worker)
         assert (await rest_of(events))[0] == fake_answer(PROMPT, 60)[1:]
         back = clients.get(worker)
+        await asyncio.gather(*clients._closing)  # it went with its last answer
+        with pytest.raises(grpc.aio.UsageError, match="closed"):
+            await answer(silent, make_request(PROMPT, request_id="late"))
         assert await answer(back, make_request(PROMPT, request_id="2")) == fake_answer(PROMPT, 8)
         await clients.forget(worker)
         with pytest.raises(grpc.aio.UsageError, match="closed"):

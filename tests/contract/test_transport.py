@@ -23,6 +23,7 @@ from packlight.transfer.registry import TRANSPORTS, build_transport, connect, wi
 from packlight.wire.frames import event_from_bytes, event_to_bytes
 
 MAX_BYTES = 4 << 20
+WAIT_S = 120.0  # for what is a matter of milliseconds, unless the library or the machine has a bad minute
 
 
 @pytest.fixture(params=sorted(TRANSPORTS), scope="module")
@@ -49,7 +50,7 @@ def frames_of(frames):
     """Waits where they do."""
     for frame in frames:
         if isinstance(frame, Future):
-            frame.exception(timeout=30)
+            frame.exception(timeout=WAIT_S)
         else:
             yield frame
 
@@ -74,7 +75,7 @@ def joined(name, ends, *, num_layers=1, max_layer_bytes=MAX_BYTES):
     found, sender = connect([wish(name, receiver)], {name: ends})
     assert found == name
     if isinstance(sender, LinkSender):
-        sender.ready.result(timeout=30)
+        sender.ready.result(timeout=WAIT_S)
     try:
         yield sender, receiver
     finally:

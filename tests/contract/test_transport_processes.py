@@ -30,6 +30,7 @@ from tests.support.transport_peer import draw, payload
 
 pytestmark = pytest.mark.e2e
 
+WAIT_S = 120.0  # for what is a matter of milliseconds, unless the library or the machine has a bad minute
 SIZES = [70_000, 1, 0, 300_001, 4096]
 NOTICED_WITHIN_S = PATIENCE_S + 15.0  # what is not noticed stays so for ever; a busy machine takes its time
 
@@ -58,7 +59,7 @@ class Peer:
     def end(self) -> int:
         self.popen.stdin.close()
         self.popen.stdout.close()
-        return self.popen.wait(30)
+        return self.popen.wait(WAIT_S)
 
 
 @contextmanager
@@ -91,7 +92,7 @@ class End:
     def sender(self, wanted):
         """Of the transport itself, once its link is there."""
         _, sender = connect([wanted], {self.name: self.transport})
-        sender.ready.result(30)
+        sender.ready.result(WAIT_S)
         return sender
 
 

@@ -66,6 +66,25 @@ def test_a_new_worker_is_known_before_the_next_old_one_goes(case: str, role: str
     assert spec["progressDeadlineSeconds"] > starting_s + spec["minReadySeconds"]
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_a_rollout_is_given_the_time_of_the_download_it_waits_for(role: str) -> None:
+    items = objects("h100")
+    download_s = pick(items, "Job")["spec"]["activeDeadlineSeconds"]
+    starting_s = _probe_seconds(container(items, role)["startupProbe"])
+    assert pick(items, "Deployment", role)["spec"]["progressDeadlineSeconds"] > download_s + starting_s
+
+
+@pytest.mark.parametrize(
+    "change", ['commonLabels={"team": "a"}', 'serviceAccount.name="other"', 'image.tag="2"', "podSecurity.runAsUser=1"]
+)
+def test_a_job_that_would_change_is_another_job(change: str) -> None:
+    """Kubernetes refuses to change the pods of one that is there, and with it the upgrade."""
+    before, after = (pick(objects("h100", *sets), "Job") for sets in ((), (change,)))
+    assert after["spec"] != before["spec"]
+    assert after["metadata"]["name"] != before["metadata"]["name"]
+    assert pick(objects("h100", "workers.replicas=7"), "Job")["metadata"]["name"] == before["metadata"]["name"]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_pods_have_no_privileges(case: str) -> None:
     specs = list(pod_specs(objects(case)))

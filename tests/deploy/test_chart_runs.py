@@ -24,7 +24,7 @@ from deploy.chart import CHART, ROOT
 from packlight.core.config import FleetConfig
 from packlight.fleet.base import FleetAway
 from packlight.fleet.registry import build_fleet
-from tests.deploy.support import Object, container, objects, pick
+from tests.deploy.support import Object, container, objects, pick, pod_spec
 from tests.support.cluster import SMALL_POOLS, Process, eventually, free_port, running_process
 from tests.support.redis_servers import find_binary
 
@@ -143,6 +143,14 @@ def test_workers_of_different_revisions_are_not_paired(redis_url: str, tmp_path:
         assert not router.passes("readinessProbe")
         stack.enter_context(machine.pod("decode"))
         eventually(lambda: router.passes("readinessProbe"), timeout_s=120)
+
+
+def test_waiting_for_a_model_ends_when_it_is_asked_to() -> None:
+    """By its own doing: what a signal does otherwise, it does not do to the first process of a container."""
+    (waiting,) = pod_spec(objects("h100"), "decode")["initContainers"]
+    with running_process(waiting["command"]) as process:
+        process.wait_for("waiting for /models/qwen3-8b/")
+        assert process.end() == 1
 
 
 def test_the_health_check_of_a_process_that_is_not_there() -> None:

@@ -54,11 +54,25 @@ def test_a_target_runs_packlight_as_nobody_and_says_how_it_is(target: str) -> No
     assert command_of(command)[0] in ("router", "decode")
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["router", "worker-cpu"])
 def test_what_is_shipped_was_built_elsewhere(target: str) -> None:
     """No pip, compiler or source lands in a layer of the shipped stages."""
-    shipped = [text for stage in lineage(target) for word, text in stage.instructions if word == "RUN"]
-    assert shipped == ["install -d -o 10001 -g 10001 /var/cache/packlight"]
+    assert _shipped_steps(target) == ["install -d -o 10001 -g 10001 /var/cache/packlight"]
+
+
+def test_on_gpus_there_is_a_c_compiler_because_triton_needs_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And nothing else that is built."""
+    build = pytest.importorskip("triton.runtime.build")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(RuntimeError, match="Failed to find C compiler"):
+        build._find_compiler.__wrapped__("c")
+    (tmp_path / "gcc").touch(0o755)
+    assert build._find_compiler.__wrapped__("c") == str(tmp_path / "gcc")
+    _, compiler = _shipped_steps("worker-cuda")
+    assert " install -y --no-install-recommends gcc libc6-dev " in compiler
 
 
 def test_base_images_are_pinned() -> None:
@@ -196,6 +210,10 @@ def test_prometheus_takes_its_config(tmp_path: Path) -> None:
         [promtool, "check", "config", ROOT / "deploy" / "prometheus.yaml"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _shipped_steps(target: str) -> list[str]:
+    return [text for stage in lineage(target) for word, text in stage.instructions if word == "RUN"]
 
 
 def _files(folder: Path) -> dict[str, int]:

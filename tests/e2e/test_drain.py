@@ -98,7 +98,7 @@ def others_keep_asking(cluster: RunningCluster) -> Iterator[None]:
                 try:
                     tokens, _ = ask(client, prompt, 6)
                 except openai.OpenAIError as error:
-                    failures.append(error)
+                    failures.append((error, error.__cause__))
                     continue
                 if tokens != expected(prompt, 6, breaks_in(prompt, tokens)):
                     failures.append(tokens)

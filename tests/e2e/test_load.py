@@ -201,6 +201,20 @@ def test_an_interrupted_run_reports_what_there_is(scenario, scripted, tmp_path):
         assert found.header.num_planned == 3000
 
 
+def test_a_run_whose_sender_dies_is_not_taken_for_a_whole_one(scenario, scripted, tmp_path):
+    server, url = scripted
+    path, mark = tmp_path / "run.json", {"STARTED_BY_TEST": str(tmp_path)}
+    command = [sys.executable, "-m", "loadtest", "run", "--scenario", str(scenario), *SMALL, "--url", url]
+    with running_process([*command, "--set", "duration_s=500", "--json", str(path)], mark) as process:
+        process.wait_for("3000 requests over 500 s")
+        eventually(lambda: len(server.bodies) > 12)
+        (sender,) = processes(**mark) - {str(process.popen.pid)}
+        os.kill(int(sender), signal.SIGKILL)
+        assert process.popen.wait(START_TIMEOUT_S) == 130
+        num_lost = 3000 - len(load_run(path).samples)
+        process.wait_for(f"a sending process ended before its time: nothing is known of {num_lost} conversations")
+
+
 # ── what is wrong from the start ─────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.support.tape import WAITS
+from tests.support.tape import WAITS, puts_number
 
 
 class DeviceTensors(TorchDispatchMode):
@@ -34,7 +34,9 @@ class DeviceTensors(TorchDispatchMode):
         given = tree_leaves((args, kwargs or {}))
         is_there = any(self._is_there(x) for x in given)
         masks = [x for x in given if isinstance(x, torch.Tensor) and x.dtype is torch.bool]
-        if is_there and (func in WAITS or (masks and func is torch.ops.aten.index.Tensor)):
+        waits = func in WAITS or (masks and func is torch.ops.aten.index.Tensor)
+        waits = waits or (puts_number(func, args) and not self._is_there(args[2]))
+        if is_there and waits:
             raise RuntimeError(f"operation that waits for the device: {func}")
         out = func(*args, **(kwargs or {}))
         if is_there:

@@ -16,6 +16,12 @@ WAITS = {
     torch.ops.aten.item.default,
     torch.ops.aten.is_nonzero.default,
 }
+PUTS = {torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default}
+
+
+def puts_number(func, args):
+    """`x[index] = 0`: torch makes a tensor of the number on the host and copies it, which the host waits for."""
+    return func in PUTS and args[2].dim() == 0
 
 
 class NoWaiting(TorchDispatchMode):
@@ -23,7 +29,7 @@ class NoWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         masks = [x for x in _tensors(args) if x.dtype is torch.bool] if func is torch.ops.aten.index.Tensor else ()
-        if func in WAITS or masks:
+        if func in WAITS or masks or puts_number(func, args):
             raise RuntimeError(f"operation that waits for the device: {func}")
         return func(*args, **(kwargs or {}))
 
@@ -59,7 +65,7 @@ class _Tape(TorchDispatchMode):
         self.fresh = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in WAITS:
+        if func in WAITS or puts_number(func, args):
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
         out = func(*args, **(kwargs or {}))
         given = {x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))}

@@ -106,9 +106,11 @@ def test_a_slice_is_as_many_calls_as_fit_after_two_that_do_not_count():
 
 def test_percentiles_are_values_that_occurred():
     values = [float(value) for value in range(100, 0, -1)]
-    assert percentile(values, 0.5) == 51.0
-    assert percentile(values, 0.99) == 100.0
-    assert percentile([7.0], 0.99) == 7.0
+    assert percentile(values, 0.5) == 50.0
+    assert percentile(values, 0.07) == 7.0
+    assert percentile(values, 0.99) == 99.0
+    assert percentile(values, 1.0) == 100.0
+    assert percentile([7.0, 8.0], 0.0) == percentile([7.0], 0.99) == 7.0
 
 
 # ── output ───────────────────────────────────────────────────────────────────────────────────────────────────────────

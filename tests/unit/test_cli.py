@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from packlight import __version__
 from packlight.cli import load_config, main
 from packlight.core.config import Config
 from packlight.core.errors import ConfigError
-from tests.support.cluster import SMALL_POOLS
+from tests.support.cluster import PATIENCE_S, SMALL_POOLS, packlight, running_process
 
 ROLES = ("serve", "router", "prefill", "decode")
 PORT_OF = {"serve": "router.port", "router": "router.port", "prefill": "prefill.port", "decode": "decode.port"}
@@ -78,7 +80,13 @@ def test_a_wrong_command_line_ends_with_2_and_the_usage(arguments, capsys):
     [
         ("router.port=http", ["router.port", "'http'"]),
         ("router.port=70000", ["router.port", "65535", "'70000'"]),
-        ("router.prot=1", ["router.prot", "no such setting", "docs/configuration.md"]),
+        ("router.prot=1", ["router.prot", "no such setting, did you mean router.port?", "docs/configuration.md"]),
+        ("prefil.port=1", ["prefil: no such setting, did you mean prefill?"]),
+        ("router.max_in_flight=1", ["router.max_in_flight: no such setting, did you mean router.max_inflight?"]),
+        ("decode.transports=[]", ["decode.transports: ", "at least 1 item"]),
+        ("decode.transports=grpc", ["decode.transports: a list is expected, such as [a, b], got 'grpc'"]),
+        ("router.drain_s=inf", ["router.drain_s: input should be a finite number"]),
+        ("fleet.heartbeat_s=5", ["fleet.heartbeat_s: got 5, must be less than fleet.ttl_s, which is 5"]),
         ("nonsense=1", ["nonsense", "no such setting"]),
         ("router.port", ["--set router.port", "path=value", "--set router.port=8080"]),
         ("=1", ["--set =1", "path=value"]),
@@ -101,7 +109,9 @@ def test_wrong_settings(setting, words, capsys):
         ("router: [", ["not valid YAML", "line 1"]),
         ("- router", ["mapping", "list"]),
         ("router: 5", ["router", "5"]),
+        ("router:\n  # port: 8000\n", ["router: a section of settings is expected; give it some, or leave it out"]),
         ("router: {port: [1, 2]}", ["router.port", "[1, 2]"]),
+        ("router: {port: 1}\nkv: {}\nrouter: {port: 2}\n", ["router is there twice", "line 3"]),
         (b"\x80abc", ["not valid YAML"]),
     ],
 )
@@ -140,6 +150,14 @@ def test_a_model_that_is_not_there(role, refusal):
     assert line.startswith(f"packlight {role}: model.path '/no/such/model': no such folder or file. Give ")
 
 
+@pytest.mark.parametrize("role", ["serve", "prefill", "decode"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(role, device, refusal):
+    line = refusal(role, f"model.device={device}")
+    assert line.startswith(f"packlight {role}: model.device '{device}': ")
+    assert "`packlight doctor`" in line
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_a_port_that_is_taken(role, refusal):
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -174,6 +192,18 @@ def test_the_process_ends_with_2_and_no_traceback():
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert line.startswith("packlight prefill: model.path")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_at_once_what_is_still_starting(number, code, tmp_path):
+    """It reads a file in which nothing comes, as it would read weights for minutes."""
+    pipe = tmp_path / "ca.pem"
+    os.mkfifo(pipe)
+    with running_process(packlight("router", f"tls.ca={pipe}", "tls.cert=cert.pem", "tls.key=key.pem")) as process:
+        with pipe.open("wb"):  # returns when it is being read
+            process.popen.send_signal(number)
+            assert process.popen.wait(PATIENCE_S) == code
+        assert process.output == ""
 
 
 # ── what is imported ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -179,8 +180,8 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 
 def test_without_a_gpu_nothing_of_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    checks = (gpu.check_gpu, gpu.check_nvcc, gpu.check_nccl)
-    assert [check(patient()).level for check in checks] == [Level.UNUSED] * 3
+    checks = (gpu.check_gpu, gpu.check_triton, gpu.check_nvcc, gpu.check_nccl)
+    assert [check(patient()).level for check in checks] == [Level.UNUSED] * 4
     assert gpu.check_gpu(patient("model.device=cuda")).level is Level.MISSING
     assert gpu.check_nvcc(patient("model.device=cuda")).level is Level.WARNING
 
@@ -194,6 +195,32 @@ def test_a_driver_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, tmp_pat
     found = gpu.check_gpu(patient("model.device=cuda"))
     assert found.level is Level.MISSING
     assert found.found.startswith("NVIDIA H100 80GB HBM3 (driver 570.86.10), but torch")
+
+
+def test_pools_of_a_divided_model_lie_on_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_driver", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (60 * GIB, 80 * GIB))
+    settings = ("model.device=cuda", f"decode.kv_memory_bytes={200 * GIB}")
+    assert gpu.check_gpu(patient(*settings, role="decode")).level is Level.MISSING
+    assert gpu.check_gpu(patient(*settings, "decode.tensor_parallel=4", role="decode")).level is Level.OK
+    assert gpu.check_gpu(patient(*settings, "decode.tensor_parallel=2", role="decode")).level is Level.MISSING
+
+
+def test_triton_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.9.0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    on_gpu = patient("model.device=cuda")
+    found = gpu.check_triton(on_gpu)
+    assert (found.level, "gcc" in found.fix) == (Level.MISSING, True)
+    (tmp_path / "gcc").touch(0o755)
+    assert gpu.check_triton(on_gpu).level is Level.OK
+    monkeypatch.setattr("importlib.metadata.version", _not_installed)
+    assert gpu.check_triton(on_gpu).level is Level.WARNING
+
+
+def _not_installed(name: str) -> str:
+    raise PackageNotFoundError(name)
 
 
 # ── transports ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,8 +19,10 @@ from packlight.core.errors import (
     WorkerLost,
 )
 from packlight.core.shipping import Accepted, Chunk, FirstToken, LayerHeader, Shipped
-from packlight.core.types import Failed, Finished, FinishReason, PackSpec, StopRules, Tokens
+from packlight.core.types import Failed, Finished, FinishReason, PackSpec, StopRules, Token, Tokens
 from packlight.models.fake import fake_answer
+from packlight.models.fake_spec import FAKE_VOCABULARY
+from packlight.transfer.base import checksum
 from packlight.wire.manifest import decode_manifest, encode_manifest
 from tests.support.fake_pair import answer, collect, fake_pair, make_request, until
 
@@ -522,6 +524,12 @@ TAMPERS = {
         "due",
     ),
     "no end": (swap(Shipped, lambda event: []), ShipmentCorrupt, "without saying so"),
+    "two first tokens": (swap(FirstToken, lambda event: [event, event]), ShipmentCorrupt, "which had one"),
+    "a token of another model": (
+        swap(FirstToken, lambda event: [FirstToken(Token(FAKE_VOCABULARY), 0)]),
+        ShipmentCorrupt,
+        f"vocabulary ends at {FAKE_VOCABULARY - 1}",
+    ),
     "no first token": (swap(FirstToken, lambda event: []), ShipmentCorrupt, "first token"),
     "death": (swap(Shipped, lambda event: [WorkerLost("gone")]), WorkerLost, "gone"),
     "bug": (swap(Chunk, lambda event: [KeyError("x")]), InternalError, "KeyError"),
@@ -539,6 +547,15 @@ async def test_a_foreign_shipment_is_a_typed_error_never_a_wrong_answer(tamper):
         assert event.error.worker_id == "prefill-0" or kind is InternalError
         assert tokens in ([], fake_answer(PROMPT, 1))
         assert pair.decode.load().num_free_pages == pair.decode.load().num_total_pages
+
+
+async def test_an_empty_head_has_nothing_to_evict():
+    """It has no page either: the next token would go into somebody else's."""
+    empty = {LayerHeader: [LayerHeader(0, (0,), 0, checksum(b""))], Chunk: [Chunk(b"")]}
+    async with fake_pair(client=lambda worker: Tampered(worker, lambda e: empty.get(type(e), [e]))) as pair:
+        _, event = await collect(pair.decode, make_request(PROMPT * 2, pack=evicting(8, 0.5)))
+        assert isinstance(event.error, ShipmentCorrupt)
+        assert "lengths" in event.error.message
 
 
 async def test_a_silent_prefill_worker_is_given_up():

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Trito
 PAGE_KERNELS = "packlight.attention.flashinfer.page_kernels"
 STORE_KERNEL = "packlight.attention.flashinfer.store_kernel"
 LAYER_KERNELS = "packlight.models.fused.layer_kernels"
+PRODUCTS_KERNEL = "packlight.attention.flashinfer.products_kernel"
 NUM_TOKENS, FEW_LAYERS = 256, 3
 EVERY_LAYER = {"_add_norm": 2, "linear": 4, "_turn": 1, "_store": 1, "decode": 1, "_gate": 1}
 PER_LAYER = {
@@ -100,3 +101,19 @@ def test_a_layer_launches_few_kernels(recipe: str, family: str, count: KernelCou
     assert per_layer == PER_LAYER[recipe]
     if recipe != "quest":  # whose first layers are read in full
         assert fewer.total() - FEW_LAYERS * per_layer.total() <= MOST_BESIDE_LAYERS
+
+
+@pytest.mark.parametrize("module", [PAGE_KERNELS, STORE_KERNEL, LAYER_KERNELS, PRODUCTS_KERNEL])
+def test_no_number_of_a_step_is_a_reason_to_compile_anew(module: str) -> None:
+    """Triton compiles for 1 and for multiples of 16 apart, in the middle of a step, unless told not to. Strides are
+    the model's."""
+    kernels = [kernel for kernel in vars(importlib.import_module(module)).values() if hasattr(kernel, "warmup")]
+    numbers = {"before", "layer", "num_heads", "num_pages", "num_rows", "num_tokens"}
+    specialised = [
+        f"{kernel.__name__}: {param.name}"
+        for kernel in kernels
+        for param in kernel.params
+        if param.name in numbers and not param.is_constexpr and not param.do_not_specialize
+    ]
+    assert kernels
+    assert not [name for name in specialised if not name.startswith("_mass")]  # part of another kernel

@@ -116,6 +116,15 @@ def test_errors_count_from_zero() -> None:
     assert registry.get_sample_value("packlight_router_retries_total", {"type": "InvalidRequest"}) is None
 
 
+def test_shadows_of_one_kind_are_a_share_of_both() -> None:
+    """Where no shadow agrees, a panel that divides by the sum would have nothing to divide."""
+    registry = CollectorRegistry()
+    PrefillMetrics(registry).observe_shadow("h2o", 0.5, False)
+    name = "packlight_prefill_shadow_tokens_total"
+    found = {same: registry.get_sample_value(name, {"recipe": "h2o", "same": same}) for same in ("yes", "no")}
+    assert found == {"yes": 0.0, "no": 1.0}
+
+
 def test_the_oldest_in_the_queue_is_a_point_in_time() -> None:
     registry = CollectorRegistry()
     metrics = DecodeMetrics(registry, wall_clock=lambda: 1000.0)

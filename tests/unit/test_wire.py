@@ -44,6 +44,12 @@ def test_requests(sampling, pack):
     assert requests.prefill_from_proto(prefill_pb2.PrefillRequest.FromString(data)) == prefill
 
 
+def test_a_top_k_that_no_vocabulary_has_keeps_all():
+    """Callers may ask for any number; the field has 32 bits."""
+    message = requests.sampling_to_proto(SamplingParams(top_k=5_000_000_000))
+    assert requests.sampling_from_proto(message).top_k == 2**32 - 1
+
+
 EVENTS = [
     Accepted("hash", b"\x00\xff"),
     LayerHeader(3, (1, 0, 700), 2**40, 2**64 - 1),

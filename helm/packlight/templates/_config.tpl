@@ -85,6 +85,12 @@
 {{- end }}
 
 {{- define "packlight.checkPorts" -}}
+{{- range $setting := list "router.port" "prefill.port" "prefill.metrics_port" "decode.port" "decode.metrics_port" -}}
+  {{- $parts := splitList "." $setting -}}
+  {{- if not (dig (first $parts) (last $parts) 0 $.Values.config) -}}
+    {{- fail (printf "config.%s: give a port, such as 9001: policies and probes must know it" $setting) -}}
+  {{- end -}}
+{{- end -}}
 {{- range $ports := .Values.networkPolicy.transferPorts -}}
   {{- $ends := splitList "-" (toString $ports) -}}
   {{- if or (gt (int (first $ends)) (int (last $ends))) (gt (int (last $ends)) 65535) -}}

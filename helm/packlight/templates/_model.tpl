@@ -35,7 +35,8 @@ initContainers:
   - name: wait-for-model
     image: {{ include "packlight.image" . }}
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
-    command: [sh, -c, 'until [ -e "$0" ]; do echo "waiting for $0"; sleep 5; done', {{ include "packlight.downloadMarker" .root | quote }}]
+    # The first process of a container does not notice SIGTERM unless it says what to do.
+    command: [sh, -c, 'trap "exit 1" TERM; until [ -e "$0" ]; do echo "waiting for $0"; sleep 5; done', {{ include "packlight.downloadMarker" .root | quote }}]
     securityContext:
       {{- include "packlight.containerSecurity" list | nindent 6 }}
     resources:
@@ -44,4 +45,55 @@ initContainers:
     volumeMounts:
       - {name: models, mountPath: /models, readOnly: true}
 {{- end }}
+{{- end }}
+
+{{/* The spec of the job that downloads. */}}
+{{- define "packlight.downloadJob" -}}
+{{- $names := dict "root" $ "component" "model" -}}
+{{- $download := .Values.model.download -}}
+backoffLimit: 4
+activeDeadlineSeconds: {{ int $download.timeoutSeconds }}
+template:
+  metadata:
+    labels:
+      {{- include "packlight.podLabels" $names | nindent 6 }}
+  spec:
+    {{- include "packlight.podSettings" . | nindent 4 }}
+    restartPolicy: Never
+    containers:
+      - name: download
+        image: {{ include "packlight.image" (dict "root" $ "image" $.Values.router.image) }}
+        imagePullPolicy: {{ .Values.image.pullPolicy }}
+        command: [python, -c]
+        args:
+          - |
+            {{- .Files.Get "scripts/download_model.py" | nindent 12 }}
+        env:
+          - {name: MODEL_REPO, value: {{ $download.repo | quote }}}
+          - {name: MODEL_REVISION, value: {{ $download.revision | quote }}}
+          - {name: MODEL_FILES, value: {{ join " " $download.files | quote }}}
+          - {name: MODEL_MARKER, value: {{ include "packlight.downloadMarker" . | quote }}}
+          - {name: HF_HOME, value: /tmp/huggingface}
+          {{- with $download.tokenSecret }}
+          {{- if .name }}
+          - name: HF_TOKEN
+            valueFrom:
+              secretKeyRef:
+                name: {{ .name }}
+                key: {{ .key }}
+          {{- end }}
+          {{- end }}
+        securityContext:
+          {{- include "packlight.containerSecurity" list | nindent 10 }}
+        resources:
+          {{- toYaml $download.resources | nindent 10 }}
+        volumeMounts:
+          - {name: models, mountPath: /models}
+          - {name: tmp, mountPath: /tmp}
+    volumes:
+      - name: models
+        persistentVolumeClaim:
+          claimName: {{ include "packlight.modelClaim" . }}
+      - name: tmp
+        emptyDir: {sizeLimit: 4Gi}
 {{- end }}

@@ -1,11 +1,14 @@
 {{/* When a pod has started, lives, and can serve. */}}
 
-{{/* (dict "root" $ "pod" values): a rollout that is not getting on is said to fail only when a start could not be. */}}
+{{/* (dict "root" $ "pod" values): a rollout that is not getting on is said to fail only when a start, or the download
+that it waits for, could not be. */}}
 {{- define "packlight.progressDeadline" -}}
-{{ add (int .pod.startupTimeoutSeconds) (include "packlight.minReadySeconds" .root | int) 300 }}
+{{- $download := .root.Values.model.download -}}
+{{- $waiting := ternary (int $download.timeoutSeconds) 0 $download.enabled -}}
+{{ add $waiting (int .pod.startupTimeoutSeconds) (include "packlight.minReadySeconds" .root | int) 300 }}
 {{- end }}
 
-{{/* The router listens once its model is read, and is ready while a compatible pair of workers is alive and it is not
+{{/* The router listens once its model is read, and is ready while workers are alive that can serve and it is not
 draining. Only a router whose event loop answers nothing at all is restarted. */}}
 {{- define "packlight.routerProbes" -}}
 startupProbe:

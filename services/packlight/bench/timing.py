@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from statistics import median
 
 Clock = Callable[[], float]
@@ -82,6 +83,6 @@ def slices_of(function: Callable[[], object], slice_s: float, clock: Clock = tim
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that is not exceeded by `share` of them (nearest rank)."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    """The smallest value that at least `share` of them do not exceed (nearest rank)."""
+    rank = ceil(round(share * len(values), 6))  # 0.07 of 100 are 7.000000000000001
+    return sorted(values)[max(rank, 1) - 1]

@@ -29,7 +29,7 @@ class Weights(StrEnum):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -230,6 +230,7 @@ class DecodeConfig(WorkerSection):
     )
     transports: list[str] = Field(
         ["inproc", "shm", "grpc"],
+        min_length=1,
         description="KV transports this worker accepts, best first: `inproc` (one process), `shm` (processes of one "
         "host and user that see each other in /proc), `grpc` (always works). The first that both ends can use is used. "
         "Before `grpc`, add `nixl` where hosts share an RDMA network and both ends have NIXL, or `process_group` "
@@ -350,6 +351,15 @@ class Config(Section):
     log_format: Literal["pretty", "json"] = Field(
         "pretty", description="`pretty`: lines for people; `json`: an object a line, for a log collector."
     )
+
+    @model_validator(mode="after")
+    def _heard_before_given_up(self) -> Self:
+        if self.fleet.heartbeat_s >= self.fleet.ttl_s:
+            raise ValueError(
+                f"fleet.heartbeat_s: got {self.fleet.heartbeat_s:g}, must be less than fleet.ttl_s, which is "
+                f"{self.fleet.ttl_s:g}, or every worker is dead between two reports. A fifth of it is usual"
+            )
+        return self
 
     @model_validator(mode="after")
     def _nothing_in_the_clear_unasked(self) -> Self:

@@ -6,13 +6,23 @@ CLI's job.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from packlight.core.config import Config
 from packlight.core.errors import ConfigError
+
+_EXPECTED: Mapping[str, str] = MappingProxyType(
+    {
+        "model_type": "a section of settings is expected; give it some, or leave it out",
+        "list_type": "a list is expected, such as [a, b]",
+    }
+)
+"""Where pydantic's words are about Python, by its kind of error."""
 
 
 def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -61,7 +71,20 @@ def _scalar(text: str) -> Any:
 def _explain(detail: Any) -> str:
     path = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"{path}: no such setting (docs/configuration.md lists them all)"
+        near = get_close_matches(path, _settings(Config), 1, cutoff=0.8)
+        meant = f", did you mean {near[0]}?" if near else ""
+        return f"{path}: no such setting{meant} (docs/configuration.md lists them all)"
+    if detail["type"] in _EXPECTED:
+        return f"{path}: {_EXPECTED[detail['type']]}, got {detail['input']!r}"
     if detail["type"] == "value_error":  # of a whole section: it names its settings itself
         return str(detail["ctx"]["error"])
     return f"{path}: {detail['msg'].lower()}, got {detail['input']!r}"
+
+
+def _settings(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The paths of every section and setting below `section`."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _settings(inner, f"{prefix}{name}.")

@@ -132,6 +132,12 @@ class WorkerLost(WorkerError):
     openai_code = "worker_lost"
 
 
+class DeviceLost(WorkerError):
+    """The worker computes nothing any more, and ends."""
+
+    openai_code = "worker_lost"
+
+
 class ShipmentCorrupt(WorkerError):
     http_status = 502
     grpc_code = "DATA_LOSS"

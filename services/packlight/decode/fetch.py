@@ -64,6 +64,7 @@ class Fetcher:
                             task.transport = intake.accept(event)
                             yield event
                         case FirstToken():
+                            intake.begin(event)
                             yield event
                         case Shipped():
                             intake.finish(event)

@@ -14,7 +14,7 @@ from functools import partial
 from packlight.compress.evict import mass_bytes, split_mass
 from packlight.compress.recipes import codec_of
 from packlight.core.errors import ShipmentCorrupt, ShipmentIncompatible
-from packlight.core.shipping import Accepted, Manifest, ShipFrame, Shipped
+from packlight.core.shipping import Accepted, FirstToken, Manifest, ShipFrame, Shipped
 from packlight.decode.memory import DecodeMemory, Holding
 from packlight.decode.unpack import Unpacker
 from packlight.transfer.base import KVReceiver, KVTransport, ReceivedLayer
@@ -41,6 +41,7 @@ class Intake:
         self._unpacker = Unpacker(self._pool, codec_of(holding.pack), pool_codec=pool_codec)
         self._receivers = self._make_receivers(transports)
         self._receiver: KVReceiver | None = None
+        self._has_begun = False
         self.num_layers = 0
         self.num_bytes = 0
 
@@ -70,6 +71,15 @@ class Intake:
         received = self._receiver.take(frame)
         if received is not None:
             self._store(received)
+
+    def begin(self, first: FirstToken) -> None:
+        """A token that the model does not have would fail a whole step, not one request."""
+        token_id, vocab_size = first.token.token_id, self._memory.spec.vocab_size
+        if self._has_begun:
+            raise ShipmentCorrupt(f"token {token_id} came as the first of the answer, which had one")
+        if not 0 <= token_id < vocab_size:
+            raise ShipmentCorrupt(f"the first token is {token_id}, the vocabulary ends at {vocab_size - 1}")
+        self._has_begun = True
 
     def finish(self, shipped: Shipped) -> None:
         if self.num_layers != self._pool.num_layers or shipped.num_layers != self.num_layers:
@@ -116,7 +126,9 @@ class Intake:
 
     def _store(self, received: ReceivedLayer) -> None:
         layer, lengths, payload = received.layer, received.lengths, received.payload
-        if len(lengths) != self._pool.num_kv_heads or not all(0 <= length <= self._max_tokens for length in lengths):
+        least = 1 if self._holding.needs.evicts(layer) else 0  # the next token may take the place of another
+        are_possible = all(least <= length <= self._max_tokens for length in lengths)
+        if len(lengths) != self._pool.num_kv_heads or not are_possible:
             raise ShipmentCorrupt(f"layer {layer} claims lengths {lengths[:8]} for {self._pool.num_kv_heads} heads")
         mass_due = mass_bytes(self._holding.pack, lengths)
         due = self._unpacker.payload_bytes(lengths) + mass_due

@@ -52,7 +52,7 @@ class DecodeMemory:
     """
 
     def __init__(self, spec: ModelSpec, pool: PackedPool, *, num_rows: int) -> None:
-        self._spec, self.pool, self.uploads = spec, pool, Uploads.into(pool)
+        self.spec, self.pool, self.uploads = spec, pool, Uploads.into(pool)
         self.book = open_book(pool.num_head_pages, num_shards=pool.num_shards, num_kv_heads=pool.num_kv_heads)
         self.reservations = Reservations(pool.num_head_pages)
         self.table = HeadPageTable(
@@ -69,7 +69,7 @@ class DecodeMemory:
 
     def plan(self, request: GenerateRequest) -> Holding:
         """Holds nothing yet. Raises RequestNeverFits, InvalidRequest."""
-        needs = Needs(request, self._spec, self.pool.page_size, num_shards=self.pool.num_shards)
+        needs = Needs(request, self.spec, self.pool.page_size, num_shards=self.pool.num_shards)
         reservation = Reservation(self.reservations, needs.bound())
         reading = self._readers.reading_of(request.pack, request.num_prompt_tokens)
         if self.pool.num_shards > 1 and needs.capacity is not None:
@@ -83,7 +83,7 @@ class DecodeMemory:
     def readings(self, recipes: Iterable[str], num_tokens: int) -> list[Reading]:
         """How rows packed by `recipes` are read, each head `num_tokens` at most. Recipes that read everything, or
         nothing beyond what the model can hold, have none."""
-        found = (self._readers.reading_of(PackSpec(name, num_tokens), self._spec.max_context) for name in recipes)
+        found = (self._readers.reading_of(PackSpec(name, num_tokens), self.spec.max_context) for name in recipes)
         num_pages = max(MIN_PAGES, num_tokens // self.pool.page_size)
         return [replace(reading, num_pages=num_pages) for reading in found if reading is not None]
 
@@ -130,9 +130,7 @@ class DecodeMemory:
         if holding.arrived:
             cap = holding.needs.capacity
             assert cap is not None, "mass was remembered for a request that does not evict"
-            holding.hitters = HeavyHitters(
-                holding.pack, holding.arrived, capacity=cap, num_layers=self._spec.num_layers
-            )
+            holding.hitters = HeavyHitters(holding.pack, holding.arrived, capacity=cap, num_layers=self.spec.num_layers)
             holding.arrived = []
 
     def grow(self, holdings: Iterable[Holding]) -> None:

@@ -47,7 +47,8 @@ from packlight.decode.roster import Roster
 from packlight.decode.spans import end_span
 from packlight.decode.step import run_step
 from packlight.decode.task import Sink, Stage, Task
-from packlight.engine.compute import Compute, Decoding
+from packlight.engine.compute import Compute, Decoding, Ran
+from packlight.engine.device import find_lost
 from packlight.engine.graphs import GraphedRunner
 from packlight.engine.runner import DecodeRunner
 from packlight.models.grammar import Grammars, constraint_of
@@ -141,7 +142,8 @@ class DecodeWorker:
             runner.prepare(memory.table, memory.summaries, readings, on_progress=on_progress)
 
     async def run(self) -> None:
-        """Step for ever. A step that raises fails its requests, not the worker; books that do not balance end it."""
+        """Step for ever. A step that raises fails its requests, not the worker; books that do not balance end it, and
+        so does a device that is lost."""
         try:
             while True:
                 if self._roster.decoding is not Decoding.NOW:
@@ -185,20 +187,31 @@ class DecodeWorker:
         if not batch:
             return
         self._memory.grow(task.holding for task in batch)
+        try:
+            ran = await self._run_step(batch)
+        except Exception as error:
+            await self._fail_step(batch, error)
+        else:
+            self._meter.step(len(batch), ran.waited_s, ran.took_s)
+            self._commit(batch, ran.result)
+
+    async def _run_step(self, batch: Sequence[Task]) -> Ran[list[Token | InternalError]]:
         self._roster.stepping = batch
         try:
-            ran = await self._compute.decode(partial(run_step, self._runner, self._memory, batch))
-        except Exception as error:
-            reported = error if isinstance(error, PacklightError) else InternalError(f"decode step failed: {error!r}")
-            answers = " ".join(task.request.request_id for task in batch)
-            log_event(log, logging.ERROR, "step failed", exc_info=error, answers=answers)
-            for task in batch:
-                self._fail(task, reported)
-            return
+            return await self._compute.decode(partial(run_step, self._runner, self._memory, batch))
         finally:
             self._roster.stepping = ()
-        self._meter.step(len(batch), ran.waited_s, ran.took_s)
-        self._commit(batch, ran.result)
+
+    async def _fail_step(self, batch: Sequence[Task], error: Exception) -> None:
+        """Raises DeviceLost if it was not this step alone."""
+        lost = (await self._compute.decode(partial(find_lost, self._memory.pool.device))).result
+        reported = error if isinstance(error, PacklightError) else InternalError(f"decode step failed: {error!r}")
+        answers = " ".join(task.request.request_id for task in batch)
+        log_event(log, logging.ERROR, "step failed", exc_info=error, answers=answers)
+        for task in batch:
+            self._fail(task, lost or reported)
+        if lost is not None:
+            raise lost from error
 
     def _commit(self, batch: Sequence[Task], tokens: Sequence[Token | InternalError]) -> None:
         self._memory.advance(task.holding for task in batch)

@@ -15,7 +15,7 @@ from packlight.core.config import Config
 from packlight.doctor.base import Check, Finding, Level, Patient, examine
 from packlight.doctor.certificates import check_tls
 from packlight.doctor.collector import check_traces
-from packlight.doctor.gpu import check_flashinfer, check_gpu, check_nccl, check_nvcc
+from packlight.doctor.gpu import check_flashinfer, check_gpu, check_nccl, check_nvcc, check_triton
 from packlight.doctor.machine import check_cores, check_cpu, check_memory, check_python, check_shared_memory
 from packlight.doctor.software import check_model, check_native, check_torch, check_transformers
 from packlight.doctor.surroundings import check_ports, check_redis
@@ -40,6 +40,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "tls": check_tls,
         "traces": check_traces,
         "gpu": check_gpu,
+        "triton": check_triton,
         "nvcc": check_nvcc,
         "flashinfer": check_flashinfer,
         "nccl": check_nccl,

@@ -27,10 +27,24 @@ def check_gpu(patient: Patient) -> Finding:
         )
     free, total = torch.cuda.mem_get_info(patient.config.model.device)
     found = f"{driver}; {human_bytes(free)} of {human_bytes(total)} free"
-    pools = patient.pool_bytes
+    pools = patient.pool_bytes / max(section.tensor_parallel for section in patient.sections.values())
     if pools > free:
-        return missing(f"{found}, KV pools take {human_bytes(pools)}", "lower kv_memory_bytes")
+        return missing(f"{found}, KV pools take {human_bytes(pools)} of each GPU", "lower kv_memory_bytes")
     return ok(found)
+
+
+def check_triton(patient: Patient) -> Finding:
+    """Our kernels on GPUs, and the C compiler that what launches them is made with, when each first runs."""
+    if not patient.uses_gpu:
+        return unused("only needed on GPUs")
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return warning("not installed", "install torch for CUDA, which brings it; until then steps are torch's, slower")
+    compiler = patient.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return missing(f"{version}, but no C compiler", "apt-get install --no-install-recommends gcc libc6-dev")
+    return ok(f"{version}, with {compiler}")
 
 
 def check_nvcc(patient: Patient) -> Finding:

@@ -256,7 +256,8 @@ class CodedPool:
             self._num_free -= len(pages)
             places = self._free_places[self._num_free : self._num_free + len(pages)].clone()
         places = moved(places, self.device)
-        self._k_open[places] = self._v_open[places] = 0
+        for opened in (self._k_open, self._v_open):
+            opened.index_fill_(0, places, 0)  # `opened[places] = 0` would have the host copy a number, and wait
         self._state_N[pages] = places.to(STATE)
         return places
 

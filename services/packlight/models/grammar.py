@@ -10,15 +10,17 @@ Knows vocabularies as bytes. Does not know requests, sampling or where a prompt 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from packlight.core.errors import InternalError, InvalidRequest
+from packlight.core.errors import InternalError, InvalidRequest, PacklightError
 from packlight.core.types import ModelSpec
+from packlight.models.schema_bounds import check_schema
 
 MAX_GRAMMAR_CHARS = 256 << 10
 MAX_REASON_CHARS = 300
@@ -40,7 +42,8 @@ class Vocabulary(Protocol):
 
 def json_grammar(schema: Mapping[str, Any], *, is_lenient: bool = False) -> str:
     """Answers that are JSON of this schema. Keywords that cannot be held to make a lenient grammar say so in
-    `check_grammar`, and another one an error there."""
+    `check_grammar`, and another one an error there. Raises InvalidRequest for a schema that is not to be compiled."""
+    check_schema(schema)
     options: Any = {**_SPACING, "lenient": is_lenient}
     return LLMatcher.grammar_from_json_schema(dict(schema), overrides=options)
 
@@ -62,8 +65,7 @@ def lark_grammar(rules: str) -> str:
 
 def literal(text: str) -> str:
     """Of a rule: exactly this text, which is not empty."""
-    # Literals of Lark are written as those of JSON.
-    return json.dumps(text, ensure_ascii=False)
+    return _quoted(text)
 
 
 def special_token(token_id: int) -> str:
@@ -73,18 +75,36 @@ def special_token(token_id: int) -> str:
 
 def json_of(schema: Mapping[str, Any], *, is_lenient: bool = False) -> str:
     """Of a rule: JSON of this schema, as in `json_grammar`."""
+    check_schema(schema)
     options = {"x-guidance": {**_SPACING, "lenient": is_lenient}}
-    return f"%json {json.dumps({**schema, **options}, ensure_ascii=False)}"
+    return f"%json {_quoted({**schema, **options})}"
+
+
+def _quoted(value: Any) -> str:
+    """Literals of Lark are written as those of JSON, but for DEL, which stands in none."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def check_grammar(grammar: str) -> list[str]:
     """What the grammar leaves unsaid. Raises InvalidRequest, with the reason, for one that nothing can follow."""
     if len(grammar) > MAX_GRAMMAR_CHARS:
         raise InvalidRequest(f"it has {len(grammar)} characters as a grammar, the limit is {MAX_GRAMMAR_CHARS}")
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    with _panics_as(InvalidRequest("it cannot be compiled: write it in another way")):
+        is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if is_error:
         raise InvalidRequest(" ".join(messages[0].split())[:MAX_REASON_CHARS])
     return messages
+
+
+@contextmanager
+def _panics_as(error: PacklightError) -> Iterator[None]:
+    """A bug of llguidance is a panic, which passes by everything that waits for an `Exception`."""
+    try:
+        yield
+    except BaseException as panic:
+        if type(panic).__name__ != "PanicException":
+            raise
+        raise error from panic
 
 
 class Grammars:
@@ -133,15 +153,20 @@ class Constraint:
         """[V]: whether each token may come next. An end token may when the grammar is satisfied.
 
         Raises InternalError when the grammar is too complex to follow, or tokens were added that it forbids."""
+        with _panics_as(InternalError("the answer cannot be held to its grammar any longer: llguidance panicked")):
+            bits = np.frombuffer(self._read(), dtype=np.uint8)
+        return np.unpackbits(bits, count=self._num_tokens, bitorder="little").view(np.bool_)
+
+    def _read(self) -> bytes:
         if self._matcher is None:
             self._matcher = LLMatcher(self._tokenizer, self._grammar, log_level=0)
         unread, self._unread = self._unread, []
         self._matcher.consume_tokens(unread)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             reason = self._matcher.get_error().partition("\n")[0]
             raise InternalError(f"the answer cannot be held to its grammar any longer: {reason}")
-        return np.unpackbits(bits, count=self._num_tokens, bitorder="little").view(np.bool_)
+        return mask
 
 
 class _Spelled:

@@ -6,7 +6,8 @@ The life of the blocks of one request (`[0, cached)` was in the radix cache, `[c
 
     take     share the blocks of [0, cached), allocate blocks for [cached, n), evicting idle ones if need be
     step     write [done, done + chunk)
-    retire   put the full pages of [0, done) into the cache, release everything; the partial last page is freed
+    retire   put the full pages of [0, done) into the cache, release everything; the partial last page is freed, and all
+             of [cached, n) if the request failed
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Blocks:
         shared = hit[: num_cached // self._page_size]
         num_new = -(-task.num_tokens // self._page_size) - len(shared)
         self.book.share(shared)
-        if num_new > self.book.num_free:
+        if self.book.num_free < num_new <= self.num_available:  # else what is cached would go for nothing
             self.inventory.evicted(self.cache.evict(num_new - self.book.num_free))
         if num_new > self.book.num_free:
             self.book.release(shared)
@@ -65,8 +66,11 @@ class Blocks:
         return True
 
     def retire(self, task: Task) -> None:
-        """The one way out of blocks: full pages stay in the cache, every reference goes."""
-        num_full = task.num_done // self._page_size
+        """The one way out of blocks: full pages stay in the cache, every reference goes.
+
+        A number that is not finite shows in the last chunk at the latest, and may have come with any. In the cache it
+        would fail whoever shares the prefix, so a task that failed leaves nothing there."""
+        num_full = task.num_done // self._page_size if task.is_sound else 0
         if num_full:
             self.cache.insert(task.hashes[:num_full], task.blocks[:num_full])
             self.inventory.stored(task.hashes[:num_full])

@@ -9,11 +9,13 @@ import numpy as np
 from torch import Tensor
 
 from packlight.attention.upload import upload
+from packlight.compress.accumulate import AccumulatedMass
 from packlight.compress.base import Codec
 from packlight.compress.kept_counts import KeptCounts
 from packlight.compress.parts import CODECS
 from packlight.compress.recipes import codec_of
 from packlight.compress.select import Selector
+from packlight.core.errors import QueueFull
 from packlight.core.shipping import Accepted, Manifest, compatibility_hash
 from packlight.engine.runner import PrefillRunner
 from packlight.prefill.shipper import Shipment
@@ -45,6 +47,20 @@ class Dispatch:
             self.staging.close()
         for transport in self._transports.values():
             transport.close()
+
+    def mass_for(self, task: Task) -> AccumulatedMass | None:
+        """What the prompt's queries will look at, if its selection asks. Raises QueueFull if there is no memory for it:
+        requests take it from beside the pool."""
+        if not task.needs_all_queries:
+            return None
+        try:
+            return AccumulatedMass(self._spec.num_layers, self._spec.num_kv_heads, task.anchor, self._pool.device)
+        except (RuntimeError, MemoryError) as error:
+            raise QueueFull(
+                f"no memory for the attention mass of {task.anchor} tokens ({error}): try again later, or choose a "
+                "recipe that needs none, such as snapkv",
+                retry_after_s=1.0,
+            ) from error
 
     def open(self, task: Task, start: int, context: int) -> Shipment:
         """The shipment of `task`, whose last chunk is rows `start` on of the step, after `context` stored tokens."""

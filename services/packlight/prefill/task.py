@@ -45,6 +45,7 @@ class Task:
     started_s: float = 0.0
     told_s: float = 0.0  # when the reader last heard that its turn will come
     cancelled: bool = False
+    is_sound: bool = True  # False once it failed: what it computed is kept for nobody
     sender: KVSender | None = None
     accumulated: AccumulatedMass | None = None
     has_shadow: bool = False

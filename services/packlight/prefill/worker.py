@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 
-from packlight.compress.accumulate import AccumulatedMass
 from packlight.compress.budget import keeps_all
 from packlight.core.config import PrefillConfig
 from packlight.core.errors import Draining, InternalError, PacklightError, QueueFull, RequestNeverFits
@@ -24,6 +23,7 @@ from packlight.core.shipping import FirstToken, PrefillEvent, Waiting
 from packlight.core.types import PrefillRequest, Token
 from packlight.core.workers import WorkerLoad
 from packlight.engine.compute import Compute
+from packlight.engine.device import find_lost
 from packlight.engine.runner import PrefillRunner, Runner
 from packlight.models.grammar import Grammars, constraint_of
 from packlight.prefill.blocks import Blocks
@@ -102,7 +102,8 @@ class PrefillWorker:
                 self._leave(task)
 
     async def run(self) -> None:
-        """Step for ever. A step that raises fails its requests, not the worker; books that do not balance end it."""
+        """Step for ever. A step that raises fails its requests, not the worker; books that do not balance end it, and
+        so does a device that is lost."""
         try:
             while True:
                 if not self._roster.uncomputed:
@@ -157,7 +158,10 @@ class PrefillWorker:
         try:
             ran = await self._compute.prefill(partial(run_step, self._runner, self._dispatch, plan, tasks))
         except Exception as error:
-            self._fail(tasks, error)
+            lost = (await self._compute.prefill(partial(find_lost, self._runner.pool.device))).result
+            self._fail(tasks, lost or error)
+            if lost is not None:
+                raise lost from error
             return
         self._meter.step(len(plan), sum(chunk.end - chunk.start for chunk in plan), ran.took_s)
         self._commit(plan, tasks, *ran.result)
@@ -173,11 +177,12 @@ class PrefillWorker:
         )
 
     def _admit(self) -> None:
-        spec, device = self._runner.model.spec, self._runner.pool.device
         for task in self._roster.admit(self._room()):
             task.started_s = self._clock()
-            if task.needs_all_queries:
-                task.accumulated = AccumulatedMass(spec.num_layers, spec.num_kv_heads, task.anchor, device)
+            try:
+                task.accumulated = self._dispatch.mass_for(task)
+            except QueueFull as error:
+                self._fail([task], error)
         self._show_state()
 
     def _show_state(self) -> None:
@@ -198,7 +203,10 @@ class PrefillWorker:
             if task.marks is not None:
                 task.marks.chunks.append((chunk.start, chunk.end, self._clock()))
             result = next(ended) if chunk.end == task.num_tokens else None
-            if result is not None and not task.cancelled:
+            if result is None:
+                continue
+            task.is_sound = isinstance(result[0], Token)
+            if not task.cancelled:
                 self._finish(task, *result)
 
     def _reassure(self) -> None:
@@ -234,11 +242,12 @@ class PrefillWorker:
         self._show_state()
 
     def _fail(self, tasks: Sequence[Task], error: Exception) -> None:
-        """A step raised: its requests end with an error. What earlier steps stored stays in the cache."""
+        """A step raised: its requests end with an error."""
         reported = error if isinstance(error, PacklightError) else InternalError(f"prefill step failed: {error!r}")
         answers = " ".join(task.request.request_id for task in tasks)
         log_event(log, logging.ERROR, "step failed", exc_info=error, answers=answers)
         for task in tasks:
+            task.is_sound = False
             if not task.cancelled:  # nobody listens; the next step begins by retiring it
                 self._meter.failed(reported)
                 self._retire(task)

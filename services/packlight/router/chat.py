@@ -47,7 +47,7 @@ class ChatDialect:
         def tokenise(messages: Sequence[Message]) -> list[int]:
             return self._tokens(messages, body)
 
-        options, tools = body.chat_template_kwargs, told_of(body.usable_tools)
+        options, tools = tuple(body.template_options.items()), told_of(body.usable_tools)
         return self._instructions.num_tokens(body.messages, token_ids, limit, tokenise, options, preface=tools)
 
     def call_rules(self, body: ChatBody, token_ids: Sequence[int]) -> CallRules | None:
@@ -77,7 +77,7 @@ class ChatDialect:
 
     def _tokens(self, messages: Sequence[Message], body: ChatBody) -> list[int]:
         shown, tools = self._tools.shown(messages, body.usable_tools)
-        options = body.chat_template_kwargs.model_dump(exclude_none=True) | tools
+        options = body.template_options | tools
         return self._tokenizer.apply_chat_template(shown, add_generation_prompt=True, **options)
 
     def _logprobs(self, tokens: Sequence[ShownToken]) -> Json:

@@ -74,8 +74,12 @@ class GrpcDecodeClients:
     async def forget(self, worker: WorkerInfo) -> None:
         """The worker is off the board. If it was only silent, its answers in progress go on."""
         connection = self._connections.pop((worker.worker_id, worker.generation), None)
-        if connection is not None and connection.client.is_idle:
+        if connection is None:
+            return
+        if connection.client.is_idle:
             await connection.close()
+        else:
+            self._retired.append(connection)
 
     async def close(self) -> None:
         await asyncio.gather(*self._closing)

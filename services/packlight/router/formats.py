@@ -6,7 +6,9 @@ Knows what the two fields mean and what they cannot be combined with. How a gram
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from packlight.core.errors import InvalidRequest
 from packlight.core.types import ModelSpec
@@ -14,6 +16,8 @@ from packlight.models.grammar import check_grammar, choice_grammar, json_grammar
 from packlight.router.schema import Body, JsonSchema, StructuredOutputs
 
 ANY_OBJECT = {"type": "object"}
+# Writes one, when all else about a request is settled.
+Grammar = Callable[[], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,29 +39,30 @@ def answer_format(body: Body, spec: ModelSpec, *, is_reasoning: bool) -> Format:
     elif wanted.type == "text":
         return Format()
     elif wanted.json_schema is None:
-        param, grammar = "response_format", json_grammar(ANY_OBJECT)
+        param, grammar = "response_format", partial(json_grammar, ANY_OBJECT)
     else:
         param, grammar = "response_format.json_schema.schema", _schema(wanted.json_schema)
     refuse_contradictions(body, spec, param.partition(".")[0], is_reasoning)
-    return Format(grammar, _checked(grammar, param))
+    return _checked(grammar, param)
 
 
-def _schema(json_schema: JsonSchema) -> str:
-    return json_grammar(json_schema.wanted or ANY_OBJECT, is_lenient=not json_schema.strict)
+def _schema(json_schema: JsonSchema) -> Grammar:
+    return partial(json_grammar, json_schema.wanted or ANY_OBJECT, is_lenient=not json_schema.strict)
 
 
-def _structured(wanted: StructuredOutputs) -> tuple[str, str]:
+def _structured(wanted: StructuredOutputs) -> tuple[str, Grammar]:
     """Where it stands, and its grammar."""
     if wanted.json_ is not None:
-        return "structured_outputs.json", json_grammar(wanted.json_)
+        return "structured_outputs.json", partial(json_grammar, wanted.json_)
     if wanted.regex is not None:
-        return "structured_outputs.regex", regex_grammar(wanted.regex)
-    return "structured_outputs.choice", choice_grammar(wanted.choice or ())
+        return "structured_outputs.regex", partial(regex_grammar, wanted.regex)
+    return "structured_outputs.choice", partial(choice_grammar, wanted.choice or ())
 
 
-def _checked(grammar: str, param: str) -> tuple[str, ...]:
+def _checked(write: Grammar, param: str) -> Format:
     try:
-        return tuple(check_grammar(grammar))
+        grammar = write()
+        return Format(grammar, tuple(check_grammar(grammar)))
     except InvalidRequest as error:
         raise refusal(f"Invalid '{param}': {error.message}", param) from None
 

@@ -114,4 +114,6 @@ def _read(path: Path) -> frozenset[bytes]:
         if len(key) < MIN_KEY_LENGTH or any(character.isspace() for character in key):
             wanted = f"a key has {MIN_KEY_LENGTH} characters at least and no space"
             raise ConfigError(f"{setting}, line {at}: {wanted}, this has {len(key)}")
+        if not key.isascii():
+            raise ConfigError(f"{setting}, line {at}: a header cannot carry this key; write it in ASCII")
     return frozenset(_digest(key) for _, key in keys)

@@ -5,10 +5,13 @@ Knows the served model, the gate and the backend's own word on its readiness.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from packlight import __version__
@@ -18,37 +21,46 @@ from packlight.router.endpoint import Services
 
 def read_only_routes(services: Services) -> APIRouter:
     router = APIRouter()
+    get = partial(router.api_route, methods=["GET", "HEAD"])
     created = int(services.wall_clock())
 
-    @router.get("/v1/models")
+    @get("/v1/models")
     async def list_models() -> JSONResponse:
         return JSONResponse({"object": "list", "data": [_model(services, created)]})
 
     # A path: names of models may have slashes.
-    @router.get("/v1/models/{name:path}")
+    @get("/v1/models/{name:path}")
     async def show_model(name: str) -> JSONResponse:
         if name != services.spec.name:
             raise ModelNotFound(f"This model does not exist. This server has '{services.spec.name}'.", param="model")
         return JSONResponse(_model(services, created))
 
-    @router.get("/health/live")
+    @get("/health/live")
     async def live() -> JSONResponse:
         return JSONResponse({"live": True})
 
-    @router.get("/health")
-    @router.get("/health/ready")
+    @get("/health")
+    @get("/health/ready")
     async def ready() -> JSONResponse:
         health = _health(services)
         return JSONResponse(health, 200 if health["ready"] else 503)
 
-    @router.get("/metrics")
+    @get("/metrics")
     async def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        encode, content_type = _encoder(request.headers.get("accept", ""))
         services.metrics.set_draining(services.gate.draining)
         services.metrics.set_ready(_health(services)["ready"])  # and, on the way, the gauges of the fleet
         return Response(encode(services.metrics.registry), media_type=content_type)
 
     return router
+
+
+def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+    """The library trips over a version that is none."""
+    try:
+        return choose_encoder(accept)
+    except (TypeError, ValueError):
+        return choose_encoder("")
 
 
 def _model(services: Services, created: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
+from packlight.models.schema_bounds import MAX_PATTERN_CHARS
 from packlight.router.parts import Part, fault
 from packlight.router.tools.schema import MAX_TOOLS, Tool, ToolCall, ToolChoice, as_choice, check_ids, check_names
 from packlight.router.wording import PRINTABLE_NAME
@@ -21,6 +22,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=1)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0)]
+# Each is added by itself, at every token.
+MAX_BIASES = 1024
 # The option of the `kv` object that asks for a report and not for a packing.
 _EXPLAIN = "explain"
 
@@ -114,18 +117,24 @@ class TemplateOptions(Part):
 class JsonSchema(Part):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
-    wanted: dict[str, Any] = Field(alias="schema", default_factory=dict)
-    strict: bool = False
+    wanted: dict[str, Any] | None = Field(alias="schema", default=None)
+    strict: bool | None = None
 
 
 class ResponseFormat(Part):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    misplaced: Any = Field(alias="schema", default=None)  # where some servers expect it
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> Self:
         if self.type == "json_schema" and self.json_schema is None:
             raise fault("missing_required_parameter", "The type 'json_schema' needs it.", ".json_schema")
+        if self.type == "text" and self.json_schema is not None:
+            raise fault("invalid_value", "It is only allowed with the type 'json_schema'.", ".json_schema")
+        if self.misplaced is not None:
+            place = "Put it into 'json_schema.schema', with the type 'json_schema'."
+            raise fault("unsupported_parameter", place, ".schema")
         return self
 
 
@@ -135,7 +144,7 @@ class StructuredOutputs(Part):
     model_config = ConfigDict(extra="forbid")
 
     json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
-    regex: Annotated[str, Field(min_length=1, max_length=65536)] | None = None
+    regex: Annotated[str, Field(min_length=1, max_length=MAX_PATTERN_CHARS)] | None = None
     choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024)] | None = None
 
     @model_validator(mode="after")
@@ -161,7 +170,9 @@ class Body(Part):
     seed: Int64 | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] = Field(
+        default_factory=dict
+    )
     stream: bool = False
     stream_options: StreamOptions | None = None
     prompt_cache_options: CacheOptions = CacheOptions()
@@ -169,7 +180,7 @@ class Body(Part):
     # Extensions.
     top_k: Annotated[int, Field(ge=-1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0  # beyond, logits are no numbers any more
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128), FailFast()] = Field(default_factory=list)
@@ -235,6 +246,12 @@ class ChatBody(Body):
     def usable_tools(self) -> list[Tool]:
         """The tools that the model is told of: with the choice `none` it is as if there were none."""
         return [] if self.tool_choice is not None and self.tool_choice.type == "none" else self.tools
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """The variables of the chat template that are set; `chat_template_kwargs` have the last word."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | self.chat_template_kwargs.model_dump(exclude_none=True)
 
     @property
     def max_new_tokens(self) -> int | None:

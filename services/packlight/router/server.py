@@ -37,6 +37,9 @@ from packlight.wire.channel import Dialer
 log = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 1.0
+# Longer than proxies keep an idle connection (nginx and load balancers: 60 s). Whoever is the first to close one may do
+# so under a request that is on its way, and a POST is not sent again.
+_IDLE_CONNECTION_S = 75
 
 
 class HttpServer(uvicorn.Server):
@@ -59,12 +62,21 @@ def listen(config: RouterConfig) -> socket.socket:
         ) from None
 
 
+def http_settings(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=_IDLE_CONNECTION_S,
+        timeout_graceful_shutdown=1,
+    )
+
+
 async def serve_http(app: FastAPI, config: RouterConfig, bound: socket.socket, stop: asyncio.Event) -> None:
     """Serve until `stop`, then refuse new requests, let running ones end for `drain_s`, and return. Those that have not
     ended by then end with an error."""
-    server = HttpServer(
-        uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
-    )
+    server = HttpServer(http_settings(app))
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -30,6 +30,8 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "json_schema": (),
     "regex": (),
+    "stop_regex": ([], ""),
+    "no_stop_trim": (False,),
     "ebnf": (),
     "grammar": (),
     "structural_tag": (),
@@ -55,6 +57,9 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "min_new_tokens": (0,),
+    "thinking_token_budget": (),
 }
 _UNSUPPORTED_PREFIX = "guided_"
 

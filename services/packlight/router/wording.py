@@ -71,6 +71,9 @@ def _explain_size(kind: str, context: dict[str, Any], value: Any) -> tuple[str, 
         case "too_short":
             least = context["min_length"]
             return "empty_array", f"empty array. Expected an array with minimum length {least}, but got an empty array."
+        case "too_long" if isinstance(value, dict):
+            wanted = f"Expected an object with at most {context['max_length']} properties"
+            return "object_above_max_properties", f"object too large. {wanted}, but got {len(value)} instead."
         case "too_long":
             wanted = f"Expected an array with maximum length {context['max_length']}"
             return (

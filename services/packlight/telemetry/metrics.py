@@ -213,7 +213,8 @@ class PrefillMetrics(_WorkerMetrics):
     def observe_shadow(self, recipe: str, kl_nats: float, is_same_token: bool) -> None:
         """How far the next token's distribution under packed KV is from the exact one."""
         self._shadow_kl.labels(recipe).observe(kl_nats)
-        self._shadow_tokens.labels(recipe, "yes" if is_same_token else "no").inc()
+        for same, is_it in (("yes", is_same_token), ("no", not is_same_token)):  # both: a share is of what there is
+            self._shadow_tokens.labels(recipe, same).inc(int(is_it))
 
     def observe_step(self, num_prompts: int, num_tokens: int, seconds: float) -> None:
         self._step_prompts.observe(num_prompts)

@@ -242,9 +242,9 @@ class Writer:
                 return self._drop(agent, link, LinkDown(f"a write of {write.payload.numel()} bytes is late"))
 
     def _finish(self, agent: Agent, link: WritingLink, write: Write) -> None:
+        """What arrived has arrived, whatever NIXL then says of its own books."""
         link.writes.remove(write)
-        agent.release(write.handle)
-        agent.unregister(write.registered)
+        self._release(agent, write)
         write.landing.set_result(Landed(write.offset, write.checksum))
         write.shipment.num_under_way -= 1
         self._tell_if_over(agent, link, write.shipment)
@@ -277,13 +277,16 @@ class Writer:
         link.writes.clear()
 
     def _let_go(self, agent: Agent, write: Write) -> None:
+        self._release(agent, write)
+        write.landing.set_exception(LinkDown("the link broke"))
+
+    def _release(self, agent: Agent, write: Write) -> None:
         try:
             agent.release(write.handle)
             agent.unregister(write.registered)
         except Exception as error:
             log.warning("NIXL keeps a write of %d bytes: %s", write.payload.numel(), error)
             self._unfinished.append(write)
-        write.landing.set_exception(LinkDown("the link broke"))
 
 
 class _Unable:

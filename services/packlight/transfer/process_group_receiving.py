@@ -70,7 +70,12 @@ class MeetingPoint:
                 continue  # nobody asked all day
             if not name:
                 return
-            link = ReceivingLink(part_of(self._store, name), kind, self._site, self._landings)
+            try:
+                link = ReceivingLink(part_of(self._store, name), kind, self._site, self._landings)
+            except RuntimeError as error:  # no descriptor or thread is left, say: the next may find one
+                log.warning("a process group with a sender was %s: %s", FAILED, reason(error))
+                self._site.on_link(NAME, FAILED)
+                continue
             with self._lock:
                 self._links = [one for one in self._links if one.is_alive] + [link]
 

@@ -183,12 +183,12 @@ def _open_segment(offer: str) -> tuple[int, int]:
             raise ShipmentIncompatible(f"{path} is something else here: the receiver is on another host or container")
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
         _check_segment(fd, size, bytes.fromhex(parsed["nonce"]))
-    except OSError as error:
-        raise ShipmentIncompatible(f"the receiver's shared memory cannot be opened from here: {error}") from None
-    except ShipmentIncompatible:
+    except (OSError, ShipmentIncompatible) as error:
         if fd >= 0:
             os.close(fd)
-        raise
+        if isinstance(error, ShipmentIncompatible):
+            raise
+        raise ShipmentIncompatible(f"the receiver's shared memory cannot be opened from here: {error}") from None
     return fd, size
 
 

@@ -7,12 +7,15 @@
   it ends a connection that is quiet for 6 s with GOAWAY;
 - an address that does not answer is given up after 2 s instead of 20;
 - message sizes are unlimited: flow control and admission bound memory, a prompt or a page must not hit 4 MiB;
-- one channel per address, kept: connections are made once. With TLS, until the certificate is renewed.
+- one channel per address, kept while it is asked for: connections are made once. With TLS, until the certificate is
+  renewed. A channel to a worker that is gone for good would try to connect about once a second.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
@@ -50,6 +53,9 @@ SERVER = [
 RETIREMENT_S = 3600.0
 """How long calls may go on that were begun with a certificate since renewed."""
 
+UNUSED_S = 600.0
+"""How long a channel is kept that nobody asks for."""
+
 
 class Dialer:
     """Opens channels as the process is configured: in the clear, or with what `tls` has now."""
@@ -71,27 +77,31 @@ class Dialer:
         return self._tls.current() if self._tls else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Kept:
     channel: grpc.aio.Channel
     certificate: Credentials | None
+    asked_s: float
 
 
 class Channels:
     """The channels of one process, by address. Create it on the event loop."""
 
-    def __init__(self, dialer: Dialer | None = None) -> None:
-        self._dialer = dialer or Dialer()
+    def __init__(self, dialer: Dialer | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._dialer, self._clock = dialer or Dialer(), clock
         self._kept: dict[str, _Kept] = {}
         self._retired: dict[grpc.aio.Channel, asyncio.Task[None]] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
         """One that shows the present certificate: an older one could not connect again once it has expired."""
-        certificate, kept = self._dialer.certificate, self._kept.get(address)
+        now, certificate, kept = self._clock(), self._dialer.certificate, self._kept.get(address)
         if kept is None or kept.certificate is not certificate:
             if kept is not None:
                 self._retire(kept.channel)
-            kept = self._kept[address] = _Kept(self._dialer.open(address), certificate)
+            kept = self._kept[address] = _Kept(self._dialer.open(address), certificate, now)
+        kept.asked_s = now
+        for unused in [one for one, other in self._kept.items() if now - other.asked_s > UNUSED_S]:
+            self._retire(self._kept.pop(unused).channel)
         return kept.channel
 
     async def close(self) -> None:

@@ -69,7 +69,7 @@ class RouterConnection:
         try:
             async for message in requests:
                 if message.WhichOneof("message") == "submit":
-                    self._submit(generate_from_proto(message.submit))
+                    self._submit(message.submit)
                 else:
                     self._cancel(message.cancel.request_id)
         finally:
@@ -88,15 +88,16 @@ class RouterConnection:
         for request_id in list(self._handles):
             self._cancel(request_id)
 
-    def _submit(self, request: GenerateRequest) -> None:
+    def _submit(self, message: decode_pb2.GenerateRequest) -> None:
+        """Whatever is wrong with the request must not cost the others their stream."""
         try:
-            handle = self._worker.submit(request, self._emit)
+            handle = self._worker.submit(generate_from_proto(message), self._emit)
         except PacklightError as error:
-            self._emit(Failed(request.request_id, error))
-        except Exception as error:  # must not cost the other requests their stream
-            self._emit(Failed(request.request_id, InternalError(f"submitting failed: {error!r}")))
+            self._emit(Failed(message.request_id, error))
+        except Exception as error:
+            self._emit(Failed(message.request_id, InternalError(f"submitting failed: {error!r}")))
         else:
-            self._handles[request.request_id] = handle
+            self._handles[message.request_id] = handle
 
     def _cancel(self, request_id: RequestId) -> None:
         handle = self._handles.pop(request_id, None)
@@ -164,8 +165,10 @@ class ClientStream:
 
     def submit(self, request: GenerateRequest) -> asyncio.Queue[GenerateEvent]:
         events: asyncio.Queue[GenerateEvent] = asyncio.Queue()
+        # First, since it may raise: nobody forgets a request that was never sent.
+        message = decode_pb2.ClientMessage(submit=generate_to_proto(request))
         self._requests[request.request_id] = events
-        self._outgoing.put_nowait(decode_pb2.ClientMessage(submit=generate_to_proto(request)))
+        self._outgoing.put_nowait(message)
         return events
 
     def forget(self, request_id: RequestId) -> None:

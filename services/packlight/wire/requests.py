@@ -17,6 +17,8 @@ from packlight.wire.presence import has
 from packlight.wire.trace import trace_from_fields
 from packlight.wire.v1 import common_pb2, decode_pb2, prefill_pb2
 
+MAX_UINT32 = 2**32 - 1
+
 
 def ids_to_bytes(token_ids: tuple[int, ...]) -> bytes:
     packed = array("I", token_ids)  # four times as fast as by way of numpy
@@ -33,7 +35,7 @@ def sampling_to_proto(sampling: SamplingParams) -> common_pb2.Sampling:
     return common_pb2.Sampling(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        top_k=sampling.top_k,
+        top_k=min(sampling.top_k, MAX_UINT32),  # no vocabulary is larger: it keeps all, as the caller asked
         min_p=sampling.min_p,
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,

@@ -26,6 +26,7 @@ from tests.unit.loadtest.made_up import answer, run_of
         (["--html", "/no/such/folder/run.html"], "there is no such folder"),
         (["--scenario", "none"], "shipped are burst, "),
         (["--tokenizer", "/no/such/tokenizer"], "/no/such/tokenizer"),
+        (["--api-key-from", "NO_SUCH_KEY"], "--api-key-from NO_SUCH_KEY: there is no such environment variable"),
     ],
 )
 def test_bad_input_is_refused_before_anything_starts(capsys, flags, told):

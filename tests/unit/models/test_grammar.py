@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 
@@ -73,7 +74,7 @@ def test_only_what_the_grammar_has_may_come():
 
 
 def test_a_choice_is_taken_literally():
-    choices = ['say "a|b"', "say\nno", "ø"]
+    choices = ['say "a|b"', "say\nno", "ø", "\x7f"]
     grammar = choice_grammar(choices)
     assert check_grammar(grammar) == []
     for choice in choices:
@@ -135,6 +136,34 @@ def test_what_nothing_can_follow_is_refused_with_the_reason():
     ):
         with pytest.raises(InvalidRequest, match=re.escape(reason)):
             check_grammar(grammar)
+
+
+@pytest.mark.parametrize("pattern", [r"(\w)|(é|\w)", r"((é|\w)|\w)", r"((\w|\d)|\w)"])
+def test_a_panic_of_the_library_is_an_error_of_ours(pattern: str) -> None:
+    """Refused by llguidance 1.9, which panics over them; another release may take them."""
+    with suppress(InvalidRequest):
+        check_grammar(regex_grammar(pattern))
+    with suppress(InternalError):
+        assert bytewise().follow(regex_grammar(pattern)).allowed().any()
+
+
+def test_what_is_no_panic_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    def interrupted(grammar: str) -> None:
+        raise KeyboardInterrupt
+
+    def panicking(grammar: str) -> None:
+        raise PanicException
+
+    matcher = "packlight.models.grammar.LLMatcher.validate_grammar_with_warnings"
+    monkeypatch.setattr(matcher, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check_grammar("")
+    monkeypatch.setattr(matcher, panicking)
+    with pytest.raises(InvalidRequest, match="another way"):
+        check_grammar("")
 
 
 def test_a_lenient_schema_says_what_it_leaves_out():

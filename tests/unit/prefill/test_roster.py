@@ -46,6 +46,21 @@ async def test_the_oldest_begin_as_far_as_blocks_last():
     house.check()
 
 
+async def test_whoever_has_to_wait_costs_the_cache_nothing():
+    house = House(num_blocks=9)
+    idle, running, too_large = house.ask(100), house.ask(200), house.ask(300, 32)
+    assert house.roster.admit(PLENTY) == [idle, running]
+    idle.num_done = 16
+    house.roster.retire(idle)
+    assert house.roster.admit(PLENTY) == []
+    assert len(house.blocks.cache.match(idle.hashes)) == 4
+    house.check()
+    house.roster.leave(too_large)
+    again = house.ask(100, 20)
+    assert house.roster.admit(PLENTY) == [again]
+    assert again.num_cached == 16
+
+
 @pytest.mark.parametrize(("room", "num_begun"), [(0, 0), (1, 1), (16, 1), (17, 2), (33, 3)])
 async def test_nobody_begins_without_room_in_the_step(room, num_begun):
     house = House()

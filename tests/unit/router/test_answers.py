@@ -14,7 +14,7 @@ from packlight.core.types import FinishReason, PackSpec, SamplingParams, StopRul
 from packlight.router.params import derive_seed
 from tests.support.router_harness import CHAT, COMPLETIONS, MODEL, Harness, chat_body
 from tests.support.scripted_backend import KV, NUM_CACHED, End, Say, one_by_one
-from tests.support.tiny_tokenizer import EOS_ID, tiny_tokenizer
+from tests.support.tiny_tokenizer import EOS_ID, TinyTokenizer, tiny_tokenizer
 
 ENCODE = tiny_tokenizer().encode
 
@@ -172,6 +172,22 @@ async def test_template_options_reach_the_template() -> None:
     harness = Harness(one_by_one([80]))
     await harness.chat(chat_template_kwargs={"enable_thinking": True, "reasoning_effort": None})
     assert tiny_tokenizer().text(harness.backend.requests[0].token_ids).endswith("<think>assistant\n")
+
+
+async def test_the_effort_reaches_the_template_unless_it_is_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    original = TinyTokenizer.apply_chat_template
+
+    def listen(self: TinyTokenizer, messages: Any, **options: Any) -> list[int]:
+        told.append(options.get("reasoning_effort"))
+        return original(self, messages, **options)
+
+    harness = Harness(one_by_one([80]))
+    monkeypatch.setattr(TinyTokenizer, "apply_chat_template", listen)
+    await harness.chat(reasoning_effort="low")
+    await harness.chat(reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "high"})
+    await harness.chat()
+    assert list(dict.fromkeys(told)) == ["low", "high", None]
 
 
 async def test_an_explicit_cache_policy_shares_with_nobody() -> None:

@@ -77,6 +77,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"logit_bias": {"5": 101}}, "logit_bias.5", "decimal_above_max_value"),
     ({"logit_bias": {"secret-word\n": 101}}, "logit_bias", "decimal_above_max_value"),
     ({"logit_bias": [1]}, "logit_bias", "invalid_type"),
+    ({"logit_bias": {str(key): 1 for key in range(1025)}}, "logit_bias", "object_above_max_properties"),
     ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "integer_above_max_value"),
     ({"logprobs": 1}, "logprobs", "invalid_type"),
@@ -87,6 +88,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"top_k": -2}, "top_k", "integer_below_min_value"),
     ({"min_p": 1.5}, "min_p", "decimal_above_max_value"),
     ({"repetition_penalty": 0}, "repetition_penalty", "decimal_below_min_value"),
+    ({"repetition_penalty": 1e-300}, "repetition_penalty", "decimal_below_min_value"),
+    ({"repetition_penalty": 1e300}, "repetition_penalty", "decimal_above_max_value"),
     ({"min_tokens": -1}, "min_tokens", "integer_below_min_value"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "invalid_value"),
     ({"stop_token_ids": [364]}, "stop_token_ids[0]", "integer_above_max_value"),
@@ -108,6 +111,14 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"response_format": schema({"type": "secre"})}, "response_format.json_schema.schema", "invalid_value"),
     ({"response_format": schema({"not": {}}, strict=True)}, "response_format.json_schema.schema", "invalid_value"),
     ({"response_format": schema({}, name="a b")}, "response_format.json_schema.name", "invalid_value"),
+    ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema", "unsupported_parameter"),
+    (
+        {"response_format": schema({}) | {"type": "text"}},
+        "response_format.json_schema",
+        "invalid_value",
+    ),
+    ({"response_format": schema({"const": 2**64})}, "response_format.json_schema.schema", "invalid_value"),
+    ({"structured_outputs": {"json": {"const": 2**64}}}, "structured_outputs.json", "invalid_value"),
     ({"response_format": {"type": "json_object"}, "min_tokens": 2}, "min_tokens", "invalid_value"),
     ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "invalid_value"),
     ({"response_format": {"type": "json_object"}, "reasoning_effort": "high"}, "response_format", "invalid_value"),
@@ -131,6 +142,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"kv_transfer_params": {}}, "kv_transfer_params", "unsupported_parameter"),
     ({"continue_final_message": True}, "continue_final_message", "unsupported_parameter"),
     ({"best_of": 2}, "best_of", "unsupported_parameter"),
+    ({"stop_regex": "secret-word"}, "stop_regex", "unsupported_parameter"),
+    ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids", "unsupported_parameter"),
 ]
 
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str]] = [

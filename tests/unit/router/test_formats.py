@@ -44,6 +44,14 @@ async def test_an_object_is_any_object():
     assert json.loads(by_type)["grammars"][0]["json_schema"]["type"] == "object"
 
 
+async def test_what_is_null_in_a_format_is_not_given():
+    nulls = {"strict": None, "description": None}
+    grammar = await grammar_of(CHAT, chat_body(response_format=named(SCHEMA, **nulls)))
+    assert grammar == await grammar_of(CHAT, chat_body(response_format=named(SCHEMA)))
+    any_object = {"type": "json_schema", "json_schema": {"name": "thing", "schema": None}}
+    assert "json_schema" in await grammar_of(CHAT, chat_body(response_format=any_object))
+
+
 @pytest.mark.parametrize(
     ("wanted", "part"),
     [({"json": SCHEMA}, '"integer"'), ({"regex": "a+b"}, "a+b"), ({"choice": ["yes", "no"]}, '"yes" | "no"')],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
 
 from packlight.core.errors import (
@@ -17,7 +18,7 @@ from packlight.core.errors import (
     WorkerLost,
 )
 from packlight.router.service import Readiness
-from tests.support.router_harness import CHAT, JSON, MODEL, Harness, chat_body
+from tests.support.router_harness import CHAT, JSON, MODEL, Harness, chat_body, serving
 from tests.support.scripted_backend import End, Fail, Say, Throw, one_by_one
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
@@ -103,15 +104,31 @@ async def test_health() -> None:
         assert (await client.get("/health/live")).status_code == 200
 
 
-@pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
-async def test_metrics_are_exposed(accept: str) -> None:
+@pytest.mark.parametrize(
+    ("accept", "is_open"),
+    [
+        ("", False),
+        ("application/openmetrics-text; version=1.0.0", True),
+        ("application/openmetrics-text; version=secret", False),
+    ],
+)
+async def test_metrics_are_exposed(accept: str, is_open: bool) -> None:
     harness = Harness(one_by_one([80]))
     await harness.chat()
     async with harness.client() as client:
         response = await client.get("/metrics", headers={"accept": accept})
     assert response.status_code == 200
     assert 'packlight_router_requests_total{endpoint="chat",outcome="completed"} 1.0' in response.text
-    assert response.text.rstrip().endswith("# EOF") == bool(accept)
+    assert response.text.rstrip().endswith("# EOF") == is_open
+
+
+@pytest.mark.parametrize("path", ["/v1/models", f"/v1/models/{MODEL}", "/health", "/health/live", "/metrics", "/"])
+async def test_what_can_be_got_can_be_asked_for_its_headers(path: str) -> None:
+    """Monitors ask with HEAD. Over a socket: there the body is left out."""
+    async with serving(Harness().app) as url, httpx.AsyncClient(base_url=url) as client:
+        head, get = await client.head(path), await client.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def test_a_file_that_went_wrong_leaves_the_keys_and_is_said(
         ("# none\n", "has no key"),
         (f"{FIRST}\nshort\n", r"line 2: .*16 characters at least.*has 5"),
         ("two words of a sentence\n", "no space"),
+        ("schlüssel-für-alle-türen\n", "line 1: .*ASCII"),
     ],
 )
 def test_a_wrong_file_ends_the_start(file: Path, text: str, said: str) -> None:

@@ -153,6 +153,18 @@ def test_the_end_is_told_when_the_last_write_is_over(agent, link):
     eventually(lambda: agent.told == [b"7"])
 
 
+def test_what_has_arrived_counts_even_if_the_library_keeps_it(agent, link):
+    shipment = Outgoing(7, 0, 100)
+    agent.fails["release"] = RuntimeError("busy")
+    done(agent)
+    assert link.submit(shipment, payload(60, 0)).result(5).offset == 0
+    del agent.fails["release"]
+    done(agent)
+    assert link.submit(shipment, payload(40, 0)).result(5).offset == 60
+    link.end(shipment)
+    eventually(lambda: agent.told == [b"7"])
+
+
 def test_what_was_called_off_is_not_written(agent, link, writer):
     shipment, is_open = Outgoing(7, 0, 100), threading.Event()
     writer._commands.put(lambda agent: is_open.wait(5))

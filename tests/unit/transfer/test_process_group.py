@@ -18,7 +18,7 @@ from packlight.transfer.landings import Landings
 from packlight.transfer.links import DROPPED, FAILED, MADE, LinkDown
 from packlight.transfer.process_group import ProcessGroupTransport
 from packlight.transfer.process_group_links import GOODBYE, NO_SHIPMENT
-from packlight.transfer.process_group_pair import WORD_TAG, Meeting, ask
+from packlight.transfer.process_group_pair import ASKS, WORD_TAG, Meeting, ask, part_of
 from packlight.wire.frames import event_from_bytes
 from tests.support.cluster import eventually
 from tests.support.transport_peer import draw, payload
@@ -54,6 +54,19 @@ def test_payload_never_enters_the_stream(transport, events):
         (header,) = headers(sender, layer, payload(size, layer))
         assert torch.equal(receiver.take(header).payload, payload(size, layer))
     eventually(lambda: events == [MADE, MADE])  # at both ends
+
+
+def test_a_sender_who_cannot_be_met_costs_no_other(transport, events, monkeypatch):
+    def met(store, name):
+        if name == "unlucky":
+            raise RuntimeError("too many open files")
+        return part_of(store, name)
+
+    monkeypatch.setattr(process_group_receiving, "part_of", met)
+    receiver = transport.receiver(num_layers=1, max_layer_bytes=100)
+    transport._meeting_point._store.clone().queue_push(ASKS, "unlucky/cpu")
+    eventually(lambda: events == [FAILED])
+    transport.sender(receiver.offer).ready.result(10)
 
 
 def test_a_layer_before_the_link_is_there_goes_inline(transport):

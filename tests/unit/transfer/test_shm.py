@@ -217,6 +217,20 @@ def test_a_receiver_that_is_gone_is_not_found():
         ShmTransport().sender(receiver.offer)
 
 
+def test_a_segment_that_cannot_be_read_leaves_nothing_open(monkeypatch):
+    receiver = ShmTransport().receiver(num_layers=1, max_layer_bytes=MAX_BYTES)
+    before = open_segments()
+
+    def broken(fd, size, offset):
+        raise OSError("an error of the system")
+
+    monkeypatch.setattr(shm.os, "pread", broken)
+    with pytest.raises(ShipmentIncompatible, match="an error of the system"):
+        ShmTransport().sender(receiver.offer)
+    assert open_segments() == before
+    receiver.release()
+
+
 def test_a_system_without_memfd_cannot_receive_so(monkeypatch):
     monkeypatch.delattr(shm.os, "memfd_create")
     with pytest.raises(ShipmentIncompatible, match="memfd_create"):

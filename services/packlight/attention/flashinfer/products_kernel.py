@@ -18,8 +18,8 @@ from torch import Tensor
 _TILE = 8192
 
 
-# Triton reads annotations, and knows no types but its own.
-@triton.jit  # type: ignore[untyped-decorator]
+# Triton reads annotations, and knows no types but its own. Rows that grow are no reason to compile anew.
+@triton.jit(do_not_specialize=["num_pages"])  # type: ignore[untyped-decorator]
 def _products(  # type: ignore[no-untyped-def]
     probe_YGE,
     bounds_NE,

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,6 +110,7 @@ class ScatteredPool:
         self.num_layers, self.num_kv_heads = own.num_layers, own.num_kv_heads * crew.num_ranks
         self.head_dim, self.dtype, self.device = own.head_dim, own.dtype, own.device
         self._due: deque[_Due] = deque()
+        self._due_lock = Lock()
         self.summaries = ScatteredSummaries(self, share.summaries)
 
     @property
@@ -140,12 +143,12 @@ class ScatteredPool:
     def tell(self, rank: int, kind: Kind, arrays: tuple[Tensor, ...], tensors: tuple[Tensor, ...] = ()) -> None:
         """At `hand_over`; the first of `arrays` says of which pages, and is not empty if anything is said."""
         if len(arrays[0]):
-            self._due.append(_Due(rank, kind, arrays, tensors))
+            with self._due_lock:
+                self._due.append(_Due(rank, kind, arrays, tensors))
 
     def hand_over(self, runner: int) -> None:
         """Between two steps: what was written goes to its ranks, in the order in which it came."""
-        while self._due:
-            due = self._due.popleft()
+        while (due := self._next_due()) is not None:
             arrays = [array.cpu().numpy() for array in due.arrays]
             self._crew.followers.tell(due.rank, Message(due.kind, {"runner": runner}, arrays))
             for tensor in due.tensors:
@@ -158,7 +161,19 @@ class ScatteredPool:
         raise InternalError("pages are read by the rank that has their heads")
 
     def release(self, pages: PageIds) -> None:
-        """Nothing to do: see `KVPool.release`."""
+        """What is still due for them never goes: answers of one token end without a step, and no step may ever come."""
+        is_gone_N = np.zeros(self.num_head_pages, dtype=np.bool_)
+        is_gone_N[pages] = True
+        with self._due_lock:
+            self._due = deque(due for due in self._due if not is_gone_N[self._first_page(due)])
+
+    def _first_page(self, due: _Due) -> int:
+        """All are of one request."""
+        return int(due.arrays[0][0]) + due.rank * self._own.num_head_pages
+
+    def _next_due(self) -> _Due | None:
+        with self._due_lock:
+            return self._due.popleft() if self._due else None
 
 
 class ScatteredSummaries:

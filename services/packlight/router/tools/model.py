@@ -79,8 +79,12 @@ class ModelTools:
         refuse_contradictions(body, self._spec, "tool_choice" if must else "tools", is_reasoning=False)
         callable_now = [tool for tool in tools if body.tool_choice is None or body.tool_choice.allows(tool)]
         composed = CallGrammar(self._row, self._marks, callable_now, self._num_calls(body))
-        grammar = composed.required(thought, may_think=is_reasoning) if must else composed.optional(thought)
-        return grammar, _checked(grammar, tools)
+        try:
+            grammar = composed.required(thought, may_think=is_reasoning) if must else composed.optional(thought)
+            return grammar, tuple(check_grammar(grammar))
+        except InvalidRequest as error:
+            _blame(tools)
+            raise refusal(f"Invalid 'tools': {error.message}", "tools") from None
 
     def _num_calls(self, body: ChatBody) -> int:
         is_one = not body.parallel_tool_calls or (body.tool_choice is not None and body.tool_choice.type == "function")
@@ -90,14 +94,6 @@ class ModelTools:
 def told_of(tools: Sequence[Tool]) -> str:
     """Everything that a prompt says of tools, as one text."""
     return as_json([described(tool) for tool in tools]) if tools else ""
-
-
-def _checked(grammar: str, tools: Sequence[Tool]) -> tuple[str, ...]:
-    try:
-        return tuple(check_grammar(grammar))
-    except InvalidRequest as error:
-        _blame(tools)
-        raise refusal(f"Invalid 'tools': {error.message}", "tools") from None
 
 
 def _blame(tools: Sequence[Tool]) -> None:

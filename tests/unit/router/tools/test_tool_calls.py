@@ -288,6 +288,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (function(parameters={"type": "string"}), "tools[1].function.parameters", "invalid_value"),
     (function(strict="yes"), "tools[1].function.strict", "invalid_type"),
     (
+        function(parameters={"properties": {"a": {"const": 2**64}}}) | {"tool_choice": "required"},
+        "tools[1].function.parameters",
+        "invalid_value",
+    ),
+    (
         function(parameters={"properties": {"a": {"type": "strin"}}}) | {"tool_choice": "required"},
         "tools[1].function.parameters",
         "invalid_value",
