@@ -30,7 +30,7 @@ from packlight.transfer.nixl_agent import Agent
 
 NAME = "nixl"
 POLL_S = 200e-6
-JOIN_S = 5.0
+JOIN_S = 30.0  # NIXL may stay in a call for long, and a process that ends under it aborts
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +141,8 @@ class Writer:
             self._commands.put(None)  # the last one
         if self._thread is not None:
             self._thread.join(timeout=JOIN_S)
+            if self._thread.is_alive():
+                log.error("NIXL has not returned for %.0f s: the process ends under it, and may abort", JOIN_S)
 
     # ── on the thread ────────────────────────────────────────────────────────────────────────────────────────────
 
