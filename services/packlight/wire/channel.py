@@ -51,7 +51,7 @@ SERVER = [
 
 
 RETIREMENT_S = 3600.0
-"""How long calls may go on that were begun with a certificate since renewed."""
+"""How long calls may go on over a channel that is no longer kept."""
 
 UNUSED_S = 600.0
 """How long a channel is kept that nobody asks for."""
