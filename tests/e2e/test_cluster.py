@@ -133,7 +133,8 @@ def test_all_workers_are_used(cluster, client):
     before, numbers = num_prompts(cluster), count()
 
     def all_were_asked() -> bool:
-        """Where requests come too slowly to overlap, one prefill worker can do with them what two would."""
+        """Where requests come too slowly to overlap, one prefill worker can do with them what two would; and one that a
+        pause made look slow is asked again only when that is long enough ago."""
         prompts = [f"{next(numbers)} is how this prompt begins, and no other" for _ in range(16)]
         with ThreadPoolExecutor(8) as pool:
             for prompt, (tokens, _) in zip(prompts, pool.map(lambda p: ask(client, p, 20), prompts), strict=True):
@@ -141,7 +142,7 @@ def test_all_workers_are_used(cluster, client):
         steps = [cluster.metrics(name)["packlight_decode_step_seconds_count"] for name in DECODES]
         return min(steps) > 0 and all(now > then for now, then in zip(num_prompts(cluster), before, strict=True))
 
-    eventually(all_were_asked)
+    eventually(all_were_asked, timeout_s=4 * PATIENCE_S)
 
 
 def test_a_shared_prefix_draws_its_requests_to_one_worker(cluster, client):

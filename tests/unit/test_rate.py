@@ -47,6 +47,18 @@ def test_the_past_fades():
     assert timed(slow + fast, half_life_s=1.0).token_s == pytest.approx(0.001, rel=0.01)
 
 
+def test_one_pause_makes_no_worker_slow_and_slow_steps_in_a_row_do():
+    steps = [(100, 0.01)] * 50
+    assert timed([*steps, (100, 2.0)]).token_s == pytest.approx(0.0001, rel=0.1)
+    assert timed([*steps, *[(100, 0.1)] * 20]).token_s > 0.00025
+    assert timed([*steps, *[(100, 1.0)] * 100]).token_s == pytest.approx(0.01, rel=0.1)
+
+
+def test_a_short_step_after_long_ones_says_what_is_fixed():
+    steps = [(512, 0.5)] * 50
+    assert timed([*steps, *[(16, 0.1)] * 5]).fixed_s == pytest.approx(0.087, rel=0.01)
+
+
 @given(st.lists(st.tuples(st.integers(1, 4096), st.floats(1e-6, 10.0)), min_size=1, max_size=50))
 def test_a_pace_is_never_absurd(steps):
     pace = timed(steps)

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 LEAST_SPREAD = 0.05
 """Sizes that differ by less than this share of their mean say nothing of the part that does not depend on size."""
+
+LEAST_SHIPPED_BYTES = 64 << 10
+"""Smaller shipments tell how long a call takes, not how fast a link is."""
+
+LONGEST_STEP = 4.0
+"""Times what was expected. One that takes longer was paused, or the machine is slower now: more such steps tell."""
+
+ENOUGH_STEPS = 8.0
+"""To expect anything."""
 
 
 @dataclass(slots=True)
@@ -49,11 +59,19 @@ class StepTimer:
 
     def add(self, num_tokens: int, elapsed_s: float) -> None:
         fade = 0.5 ** (elapsed_s / self._half_life_s)
+        elapsed_s = min(elapsed_s, self._longest_s(num_tokens))
         self._num = self._num * fade + 1.0
         self._tokens = self._tokens * fade + num_tokens
         self._seconds = self._seconds * fade + elapsed_s
         self._tokens_squared = self._tokens_squared * fade + num_tokens**2
         self._tokens_seconds = self._tokens_seconds * fade + num_tokens * elapsed_s
+
+    def _longest_s(self, num_tokens: int) -> float:
+        """A short step may take as long as others do: where all were long, nobody knows what of it is fixed."""
+        pace = self.pace
+        if pace is None or self._num < ENOUGH_STEPS:
+            return inf
+        return LONGEST_STEP * max(pace.fixed_s + num_tokens * pace.token_s, self._seconds / self._num)
 
     @property
     def pace(self) -> Pace | None:

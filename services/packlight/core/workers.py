@@ -22,6 +22,7 @@ class WorkerLoad:
     """What a worker says of itself in each heartbeat: enough to predict how long a new request would wait there.
 
     Prefilling n tokens takes `fixed_s + n / tokens_per_s` of computing; `step_s` is one decode step's. 0 is unknown.
+    These are figures of a worker's last steps; `idle_s` ago one that prefills had the last of them.
     `ship_bytes_per_s` is what a prefill worker ships to whomever, `link_bytes_per_s` what a decode worker gets from
     each prefill worker that it has measured."""
 
@@ -34,6 +35,7 @@ class WorkerLoad:
     step_s: float = 0.0
     ship_bytes_per_s: float = 0.0
     fixed_s: float = 0.0
+    idle_s: float = 0.0
     link_bytes_per_s: Mapping[WorkerId, float] = field(default_factory=dict)
 
 

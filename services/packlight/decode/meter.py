@@ -5,7 +5,7 @@ Knows figures and where they are told. Decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from packlight.core.errors import PacklightError
 from packlight.core.rate import Rate
@@ -19,8 +19,8 @@ from packlight.telemetry.metrics import DecodeMetrics
 
 
 class Meter:
-    def __init__(self, metrics: DecodeMetrics) -> None:
-        self._metrics, self._steps, self._pairs = metrics, Rate(), PairRates()
+    def __init__(self, metrics: DecodeMetrics, clock: Callable[[], float]) -> None:
+        self._metrics, self._clock, self._steps, self._pairs = metrics, clock, Rate(), PairRates()
 
     @property
     def step_s(self) -> float:
@@ -30,7 +30,7 @@ class Meter:
     @property
     def link_bytes_per_s(self) -> Mapping[WorkerId, float]:
         """By prefill worker."""
-        return self._pairs.bytes_per_s()
+        return self._pairs.bytes_per_s(self._clock())
 
     def step(self, num_rows: int, waited_s: float, took_s: float) -> None:
         self._metrics.observe_stall(waited_s)
@@ -65,7 +65,7 @@ class Meter:
 
     def _note_pace(self, task: Task, shipped: Shipped) -> None:
         prefill_id, before = task.request.prefill_id, self._pairs.transport_of(task.request.prefill_id)
-        pace = self._pairs.note(prefill_id, task.transport, shipped.shipped_bytes, shipped.ship_s)
+        pace = self._pairs.note(prefill_id, task.transport, shipped.shipped_bytes, shipped.ship_s, self._clock())
         if pace is None:
             return
         if before is not None and before != task.transport:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from packlight.core.rate import Rate
+from packlight.core.rate import LEAST_SHIPPED_BYTES, Rate
 from packlight.core.workers import WorkerId
 
-LEAST_BYTES = 64 << 10
-"""Smaller shipments tell how long a call takes, not how fast a link is."""
-
 MOST_PAIRS = 256
+
+FRESH_S = 600.0
+"""What a link was like longer ago is not told: who looked slow gets another chance."""
 
 
 @dataclass(slots=True)
 class _Pair:
     transport: str
+    noted_s: float = 0.0
     rate: Rate = field(default_factory=Rate)
 
 
@@ -29,15 +30,16 @@ class PairRates:
     def __init__(self) -> None:
         self._pairs: dict[WorkerId, _Pair] = {}
 
-    def note(self, prefill_id: WorkerId, transport: str, num_bytes: int, ship_s: float) -> float | None:
+    def note(self, prefill_id: WorkerId, transport: str, num_bytes: int, ship_s: float, now_s: float) -> float | None:
         """One shipment. The pair's bytes per second now; None if the shipment says nothing of it. What came by another
         transport before is forgotten."""
-        if num_bytes < LEAST_BYTES or ship_s <= 0:
+        if num_bytes < LEAST_SHIPPED_BYTES or ship_s <= 0:
             return None
         pair = self._pairs.pop(prefill_id, None)
         if pair is None or pair.transport != transport:
             pair = _Pair(transport)
         self._pairs[prefill_id] = pair  # the last one heard of is the last in the dictionary
+        pair.noted_s = now_s
         pair.rate.add(num_bytes, ship_s)
         return pair.rate.per_s
 
@@ -52,5 +54,7 @@ class PairRates:
         pair = self._pairs.get(prefill_id)
         return pair.transport if pair else None
 
-    def bytes_per_s(self) -> dict[WorkerId, float]:
-        return {prefill_id: pair.rate.per_s for prefill_id, pair in self._pairs.items()}
+    def bytes_per_s(self, now_s: float) -> dict[WorkerId, float]:
+        """Of the pairs heard of lately."""
+        pairs = self._pairs.items()
+        return {prefill_id: pair.rate.per_s for prefill_id, pair in pairs if now_s - pair.noted_s <= FRESH_S}

@@ -77,7 +77,7 @@ class DecodeWorker:
         clock: Clock = time.monotonic,
     ) -> None:
         self._config, self._runner, self._compute = config, runner, compute
-        self._meter, self._tracer, self._clock = Meter(metrics), tracer, clock
+        self._meter, self._tracer, self._clock = Meter(metrics, clock), tracer, clock
         self._grammars = grammars
         self._on_graph_step = metrics.count_graph_step
         self._memory = DecodeMemory(runner.model.spec, runner.pool, num_rows=config.max_batch)

@@ -5,8 +5,10 @@ Knows figures and where they are told. Decides nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from packlight.core.errors import PacklightError
-from packlight.core.rate import Pace, Rate, StepTimer
+from packlight.core.rate import LEAST_SHIPPED_BYTES, Pace, Rate, StepTimer
 from packlight.core.shipping import Shipped
 from packlight.kv.pages import PageBook
 from packlight.prefill.task import Stage, Task
@@ -17,8 +19,8 @@ PACE_HALF_LIFE_S = 1.0
 
 
 class Meter:
-    def __init__(self, metrics: PrefillMetrics) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: PrefillMetrics, clock: Callable[[], float]) -> None:
+        self._metrics, self._clock, self._measured_at = metrics, clock, clock()
         self._timer, self._recent, self._shipped = StepTimer(), Rate(PACE_HALF_LIFE_S), Rate()
         self._is_warm = False
 
@@ -35,12 +37,17 @@ class Meter:
     def ship_bytes_per_s(self) -> float:
         return self._shipped.per_s
 
+    @property
+    def idle_s(self) -> float:
+        """Since the last step."""
+        return self._clock() - self._measured_at
+
     def step(self, num_prompts: int, num_tokens: int, elapsed_s: float) -> None:
         self._metrics.observe_step(num_prompts, num_tokens, elapsed_s)
         self._recent.add(num_tokens, elapsed_s)
         if self._is_warm:  # what the first step of a process takes says nothing of the next
             self._timer.add(num_tokens, elapsed_s)
-        self._is_warm = True
+        self._is_warm, self._measured_at = True, self._clock()
 
     def state(self, num_queued: int, oldest_wait_s: float, num_running: int, book: PageBook) -> None:
         self._metrics.set_queue(num_queued, oldest_wait_s)
@@ -71,7 +78,8 @@ class Meter:
         """The reader is gone: with everything, or before it was computed."""
         if task.stage in (Stage.QUEUED, Stage.PREFILLING):
             self._metrics.count_request("cancelled")
-        self._shipped.add(task.outbox.sent.amount, task.outbox.sent.elapsed_s)
+        if task.outbox.sent.amount >= LEAST_SHIPPED_BYTES:
+            self._shipped.add(task.outbox.sent.amount, task.outbox.sent.elapsed_s)
         if task.outbox.is_complete:
             time = task.outbox.time
             self._metrics.observe_shipping(task.transport, time.busy_s, time.exposed_s)

@@ -65,7 +65,7 @@ class PrefillWorker:
         clock: Clock = time.monotonic,
     ) -> None:
         self._config, self._runner, self._compute = config, runner, compute
-        self._meter, self._tracer, self._clock = Meter(metrics), tracer, clock
+        self._meter, self._tracer, self._clock = Meter(metrics, clock), tracer, clock
         self._grammars = grammars
         self.blocks = Blocks(runner.pool.num_blocks, runner.pool.page_size)
         self._dispatch = Dispatch(
@@ -125,6 +125,7 @@ class PrefillWorker:
             tokens_per_s=1.0 / pace.token_s if pace else 0.0,
             ship_bytes_per_s=self._meter.ship_bytes_per_s,
             fixed_s=pace.fixed_s if pace else 0.0,
+            idle_s=0.0 if roster.uncomputed else self._meter.idle_s,
         )
 
     def drain(self) -> None:

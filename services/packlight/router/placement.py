@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from packlight.core.errors import NoWorker
 from packlight.core.workers import LocalPrefill, Role, WorkerId, WorkerInfo
+from packlight.router.beliefs import as_believed, prefilling
 
 ASSUMED_TOKENS_PER_S = 1000.0  # of a worker that has not measured itself, unless others of the fleet are known faster
 ASSUMED_BYTES_PER_S = 1e9
@@ -96,6 +97,7 @@ def place(
 ) -> Pair:
     """The best compatible pair. Raises NoWorker saying what is missing."""
     usable = [worker for worker in workers if not worker.draining and worker.worker_id not in avoid]
+    usable = as_believed(usable, demand.num_tokens)
     options = _options(usable, demand, avoid)
     if not options:
         raise NoWorker(_what_is_missing(usable, demand), retry_after_s=1.0)
@@ -223,7 +225,7 @@ def _local_of(decode: WorkerInfo, local: LocalPrefill) -> WorkerInfo:
 
 def _best_speed(workers: Sequence[WorkerInfo]) -> float:
     """Who has not measured is believed to be as good as any: otherwise nobody would ever find out."""
-    speeds = [(worker.local_prefill or worker).load.tokens_per_s for worker in workers]
+    speeds = [prefilling(worker).tokens_per_s for worker in workers]
     return max([ASSUMED_TOKENS_PER_S, *speeds])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from packlight.core.errors import NoWorker
 from packlight.core.workers import LocalPrefill, Role, WorkerInfo, WorkerLoad
+from packlight.router.beliefs import as_believed, prefilling
 from packlight.router.placement import (
     ASSUMED_ARRIVALS_PER_S,
     HOP_S,
@@ -123,6 +125,48 @@ def test_who_has_not_measured_is_believed_to_be_as_fast_as_the_fastest():
     """Otherwise it would never be asked, and so never measure."""
     workers = [prefill("p0", load={"tokens_per_s": 0.0}), prefill("p1", load={"tokens_per_s": 1e5}), decode()]
     assert {choose(workers, seed=seed)[0] for seed in range(40)} == {"p0", "p1"}
+
+
+def slow_once(**load) -> list[WorkerInfo]:
+    """Of two workers of a kind, one that a pause made look a hundred times slower."""
+    return [
+        prefill("p0"),
+        prefill("p1", load={"tokens_per_s": 10.0, "fixed_s": 1.0, "ship_bytes_per_s": 1e5} | load),
+        decode(),
+    ]
+
+
+def test_who_was_slow_once_is_asked_again():
+    """Otherwise it would never be asked, and so look slow for ever."""
+    for seed in range(40):
+        assert choose(slow_once(idle_s=0.5), seed=seed)[0] == choose(slow_once(idle_s=60.0), seed=seed)[0] == "p0"
+    assert {choose(slow_once(idle_s=300.0), seed=seed)[0] for seed in range(40)} == {"p0", "p1"}
+
+
+@given(st.floats(0.0, 1e4), st.floats(0.0, 1e4), st.sampled_from([1, 1000, 100_000]))
+def test_the_longer_ago_it_was_slow_the_faster_it_is_believed_to_be(idle_s, more_s, num_tokens):
+    """... though never faster than the fastest; and what that one is believed to be does not change."""
+    fast, then, _ = as_believed(slow_once(idle_s=idle_s), num_tokens)
+    later = as_believed(slow_once(idle_s=idle_s + more_s), num_tokens)[1]
+    assert fast == prefill("p0")
+    times = [one.load.fixed_s + num_tokens / one.load.tokens_per_s for one in (fast, later, then, slow_once()[1])]
+    assert all(one <= other * 1.000001 for one, other in pairwise(times))
+    ships = [one.load.ship_bytes_per_s for one in (fast, later, then, slow_once()[1])]
+    assert all(one >= other * 0.999999 for one, other in pairwise(ships))
+
+
+def test_idling_changes_nothing_for_the_fastest_or_where_nobody_is_faster():
+    alone = [prefill("p1", load={"tokens_per_s": 10.0, "idle_s": 1e6}), decode()]
+    assert as_believed(alone, 1000) == alone
+    both = [prefill("p0", load={"idle_s": 1e6}), prefill("p1", load={"idle_s": 1e6, "tokens_per_s": 0.0}), decode()]
+    assert as_believed(both, 1000) == both
+
+
+def test_a_local_prefill_that_was_slow_is_believed_in_again():
+    slow = offering(local={"tokens_per_s": 10.0, "idle_s": 300.0})
+    believed = as_believed([prefill(), slow], 100)[1]
+    assert believed.local_prefill.load.tokens_per_s == pytest.approx(1000, rel=0.01)
+    assert believed.load == slow.load
 
 
 def test_a_match_longer_than_the_prompt_counts_as_the_prompt():
@@ -454,7 +498,7 @@ def test_nobody_much_better_is_passed_over(workers, outlook, demand, seed):
         assume(False)
     alive = [one for one in workers if not one.draining]
     able = [one for one in alive if one.compatibility == pair.prefill.compatibility]
-    costs = Costs(demand, outlook, max(1000.0, *((one.local_prefill or one).load.tokens_per_s for one in alive), 0.0))
+    costs = Costs(demand, outlook, max(1000.0, *(prefilling(one).tokens_per_s for one in alive)))
     mine = costs.of(option_of(pair.decode if pair.is_local else pair.prefill))
     has_room_somewhere = any(has_room(one, demand) for one in able if one.role is Role.DECODE)
     for other in able:

@@ -4,8 +4,8 @@ import pytest
 
 from packlight.core.config import DecodeConfig, PrefillConfig
 from packlight.core.errors import Draining, ShipmentIncompatible
+from packlight.core.rate import LEAST_SHIPPED_BYTES
 from packlight.core.types import Failed
-from packlight.decode.pair_rates import LEAST_BYTES
 from packlight.models.fake import fake_answer
 from packlight.transfer import registry
 from packlight.transfer.base import Site
@@ -59,7 +59,7 @@ async def test_a_pairs_link_is_measured_by_its_shipments(transport):
         assert pair.decode.load().link_bytes_per_s == {}  # too little to tell
         request = make_request(LONG, 2, request_id="long")
         assert await answer(pair.decode, request) == fake_answer(LONG, 2)
-        assert len(LONG) * 16 > LEAST_BYTES
+        assert len(LONG) * 16 > LEAST_SHIPPED_BYTES
         rates = pair.decode.load().link_bytes_per_s
         assert rates.keys() == {"prefill-0"}
         shown = pair.decode._meter._metrics._link_pace.labels("prefill-0", transport)._value.get()
