@@ -7,7 +7,7 @@ sizing table of `docs/operations.md`, and the README's recipe table.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args
@@ -101,9 +101,15 @@ def type_name(field: FieldInfo) -> str:
         return "list of rows"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return " \\| ".join(member.value for member in annotation)
+    item = next(iter(get_args(annotation)), None)
+    if hasattr(item, "__metadata__"):  # list[Annotated[int, Gt(0)]]
+        return ", each ".join([f"list[{item.__origin__.__name__}]", *limits_of(item.__metadata__)])
     name = getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)
-    limits = [f"{sign} {limit}" for constraint in field.metadata for sign, limit in bounds(constraint)]
-    return ", ".join([name.replace(" | None", ""), *limits])
+    return ", ".join([name.replace(" | None", ""), *limits_of(field.metadata)])
+
+
+def limits_of(metadata: Iterable[object]) -> list[str]:
+    return [f"{sign} {limit}" for constraint in metadata for sign, limit in bounds(constraint)]
 
 
 def bounds(constraint: object) -> Iterator[tuple[str, object]]:

@@ -139,6 +139,7 @@ def test_an_interruption_keeps_the_rounds_that_were_over(bench, number, tmp_path
         (["--concurrency", "4", "--requests", "2"], ["--requests 2", "4"]),
         (["--rounds", "0"], ["--rounds", "0", "at least 1"]),
         (["--max-tokens", "-1"], ["--max-tokens", "-1"]),
+        (["--api-key-from", "NO_SUCH_KEY"], ["--api-key-from NO_SUCH_KEY", "no such environment variable"]),
         (["--slo", "speed=1"], ["--slo speed=1", "ttft"]),
         (["--slo", "ttft=fast"], ["--slo ttft", "fast"]),
         (["--prompt-tokens", "10"], ["10 tokens", "at least"]),

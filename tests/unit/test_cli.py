@@ -85,6 +85,7 @@ def test_a_wrong_command_line_ends_with_2_and_the_usage(arguments, capsys):
         ("router.max_in_flight=1", ["router.max_in_flight: no such setting, did you mean router.max_inflight?"]),
         ("decode.transports=[]", ["decode.transports: ", "at least 1 item"]),
         ("decode.transports=grpc", ["decode.transports: a list is expected, such as [a, b], got 'grpc'"]),
+        ("decode.graphs.batch_sizes=[0]", ["decode.graphs.batch_sizes.0: input should be greater than 0", "'0'"]),
         ("router.drain_s=inf", ["router.drain_s: input should be a finite number"]),
         ("fleet.heartbeat_s=5", ["fleet.heartbeat_s: got 5, must be less than fleet.ttl_s, which is 5"]),
         ("nonsense=1", ["nonsense", "no such setting"]),

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from packlight.core.types import Finished, FinishReason, SamplingParams
+from packlight.core.errors import InvalidRequest
+from packlight.core.types import Failed, Finished, FinishReason, SamplingParams
 from packlight.models.fake import fake_answer
 from packlight.models.fake_spec import FAKE_EOS
 from packlight.models.grammar import json_grammar, regex_grammar
@@ -67,3 +68,15 @@ async def test_who_is_held_does_not_disturb_who_is_not():
         free, digits = await asyncio.gather(*(answer(pair.decode, request) for request in requests))
     assert free == fake_answer(PROMPT, 12)
     assert re.fullmatch(rb"[0-9]{12}", bytes(digits))
+
+
+async def test_a_grammar_in_which_nothing_can_come_is_the_requests_fault_and_harms_no_other():
+    async with fake_pair() as pair:
+        (_, event), free = await asyncio.gather(
+            collect(pair.decode, held(json_grammar({"$ref": "#"}), request_id="endless")),
+            answer(pair.decode, make_request(PROMPT, 12, request_id="free")),
+        )
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, InvalidRequest)
+    assert "no answer can be held to the grammar" in str(event.error)
+    assert free == fake_answer(PROMPT, 12)

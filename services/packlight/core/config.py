@@ -11,7 +11,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
 class DType(StrEnum):
@@ -204,12 +204,12 @@ class LocalPrefillConfig(Section):
 
 
 class GraphsConfig(Section):
-    batch_sizes: list[int] = Field(
+    batch_sizes: list[PositiveInt] = Field(
         [1, 2, 4, 8, 16],
         description="Decode steps with so many requests are captured as CUDA graphs at start, a smaller batch being "
         "padded. With `flashinfer` only. Empty: no graphs.",
     )
-    tokens: list[int] = Field(
+    tokens: list[PositiveInt] = Field(
         [4096, 32_768],
         description="For each batch size: steps in which no KV head holds more tokens. Longer ones run eagerly.",
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from packlight.attention.base import LayerQueries
 from packlight.compress.evict import HeavyHitters, replay
-from packlight.core.errors import InternalError
+from packlight.core.errors import PacklightError
 from packlight.core.types import Token
 from packlight.decode.memory import DecodeMemory, Holding
 from packlight.decode.task import Task
@@ -24,7 +24,7 @@ from packlight.engine.runner import DecodeRunner
 from packlight.engine.sampler import SampleRow, sample
 
 
-def run_step(runner: DecodeRunner, memory: DecodeMemory, batch: Sequence[Task]) -> list[Token | InternalError]:
+def run_step(runner: DecodeRunner, memory: DecodeMemory, batch: Sequence[Task]) -> list[Token | PacklightError]:
     """Room was made by `memory.grow`. A request whose distribution is not finite gets an error, the others a token."""
     holdings = [task.holding for task in batch]
     logits = runner.decode(

@@ -195,7 +195,7 @@ class DecodeWorker:
             self._meter.step(len(batch), ran.waited_s, ran.took_s)
             self._commit(batch, ran.result)
 
-    async def _run_step(self, batch: Sequence[Task]) -> Ran[list[Token | InternalError]]:
+    async def _run_step(self, batch: Sequence[Task]) -> Ran[list[Token | PacklightError]]:
         self._roster.stepping = batch
         try:
             return await self._compute.decode(partial(run_step, self._runner, self._memory, batch))
@@ -213,12 +213,12 @@ class DecodeWorker:
         if lost is not None:
             raise lost from error
 
-    def _commit(self, batch: Sequence[Task], tokens: Sequence[Token | InternalError]) -> None:
+    def _commit(self, batch: Sequence[Task], tokens: Sequence[Token | PacklightError]) -> None:
         self._memory.advance(task.holding for task in batch)
         for task, token in zip(batch, tokens, strict=True):
             if task.cancelled:
                 self._close(task)
-            elif isinstance(token, InternalError):
+            elif isinstance(token, PacklightError):
                 self._fail(task, token)
             else:
                 self._emit(task, token)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from packlight.compress.topk import indices_from, top_indices
-from packlight.core.errors import InternalError
+from packlight.core.errors import InternalError, PacklightError
 from packlight.core.hashing import counter_uniform
 from packlight.core.types import SamplingParams, Token
 from packlight.engine.draws import draw_rows
@@ -83,11 +83,11 @@ class SampleRow:
         return not changes and params.num_logprobs is None
 
 
-def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Token | InternalError]:
+def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Token | PacklightError]:
     """One token per row of `logits_RV` (any float dtype, any device; not changed).
 
     A row from which nothing can be drawn (a NaN or +inf logit, every token banned, a token id beyond the vocabulary)
-    gets an InternalError; the others do not notice."""
+    gets an InternalError, one whose grammar cannot be followed an InvalidRequest; the others do not notice."""
     assert logits_RV.shape[0] == len(rows), (logits_RV.shape, len(rows))
     if logits_RV.device.type != "cpu":
         return sample_on_device(logits_RV, rows)
@@ -96,7 +96,7 @@ def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Token | Interna
     return [_sample_row(*part) for part in parts]
 
 
-def sample_on_device(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Token | InternalError]:
+def sample_on_device(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Token | PacklightError]:
     """`sample`, with one transfer of token ids to the host; and one of the logits of rows that want more than that."""
     if not rows:
         return []
@@ -113,7 +113,7 @@ def sample_on_device(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Token
     ]
 
 
-def _drawn(row: SampleRow, best_id: float, best_value: float, drawn: float) -> Token | InternalError:
+def _drawn(row: SampleRow, best_id: float, best_value: float, drawn: float) -> Token | PacklightError:
     try:
         _check_finite(best_value, row)
     except InternalError as error:
@@ -121,7 +121,7 @@ def _drawn(row: SampleRow, best_id: float, best_value: float, drawn: float) -> T
     return Token(int(best_id if row.is_argmax else drawn))
 
 
-def _sample_row(logits_V: Tensor, row: SampleRow, best_id: int, best_value: float) -> Token | InternalError:
+def _sample_row(logits_V: Tensor, row: SampleRow, best_id: int, best_value: float) -> Token | PacklightError:
     try:
         _check_finite(best_value, row)
         if row.is_argmax and row.params.num_logprobs is None:
@@ -133,7 +133,7 @@ def _sample_row(logits_V: Tensor, row: SampleRow, best_id: int, best_value: floa
             _check_finite(shaped_V[best_id].item(), row)
         token_id = best_id if row.params.temperature == 0.0 else _draw(shaped_V, row)
         return _with_logprobs(token_id, raw_V, row.params.num_logprobs)
-    except InternalError as error:
+    except PacklightError as error:
         return error
 
 

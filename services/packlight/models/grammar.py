@@ -152,19 +152,23 @@ class Constraint:
     def allowed(self) -> Mask:
         """[V]: whether each token may come next. An end token may when the grammar is satisfied.
 
-        Raises InternalError when the grammar is too complex to follow, or tokens were added that it forbids."""
+        Raises InvalidRequest for a grammar that cannot even begin; InternalError when it gets too complex later, or
+        tokens were added that it forbids."""
         with _panics_as(InternalError("the answer cannot be held to its grammar any longer: llguidance panicked")):
             bits = np.frombuffer(self._read(), dtype=np.uint8)
         return np.unpackbits(bits, count=self._num_tokens, bitorder="little").view(np.bool_)
 
     def _read(self) -> bytes:
+        unread, self._unread = self._unread, []
+        has_begun = self._matcher is not None or bool(unread)
         if self._matcher is None:
             self._matcher = LLMatcher(self._tokenizer, self._grammar, log_level=0)
-        unread, self._unread = self._unread, []
         self._matcher.consume_tokens(unread)
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             reason = self._matcher.get_error().partition("\n")[0]
+            if not has_begun:
+                raise InvalidRequest(f"no answer can be held to the grammar: {reason}")
             raise InternalError(f"the answer cannot be held to its grammar any longer: {reason}")
         return mask
 

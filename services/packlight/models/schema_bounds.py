@@ -1,4 +1,4 @@
-"""What of a JSON schema can be followed without harm: how deep it leads, how long its patterns, how large its numbers.
+"""What of a JSON schema can be followed without harm: how deep and wide it is, how long its patterns and numbers are.
 
 llguidance compiles a schema by recursion on the stack of its caller. A chain of a thousand references uses up the 8 MiB
 that a thread has, and so does a range of integers at the lower end of 64 bits: the process is gone, and with it
@@ -22,6 +22,8 @@ MAX_LEVELS = 800
 MAX_PATTERN_CHARS = 4096
 # Remainders are followed one by one: ten thousand of them take a fifth of a second, once.
 MAX_MULTIPLE = 10_000
+# Whatever may be left out takes a rule for each that may come next: a quarter of a second for these, once.
+MAX_PROPERTIES = 1000
 # llguidance reads bounds as doubles, and rounds those near -2**63 down to it.
 _ABOVE, _BELOW = -(2**63) + 1024, 2**64
 
@@ -74,6 +76,8 @@ def _check_entry(key: str, value: Any) -> None:
                 raise InvalidRequest("it has a number beyond the integers of 64 bits: expected -2^63 < number < 2^64")
         case str():
             _check_pattern(value if key == "pattern" else "")
+        case dict() if key == "properties" and len(value) > MAX_PROPERTIES:
+            raise InvalidRequest(f"it has an object of {len(value)} properties, the limit is {MAX_PROPERTIES}")
         case dict() if key == "patternProperties":
             for pattern in value:
                 _check_pattern(pattern)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from packlight.core.errors import InternalError
+from packlight.core.errors import InternalError, PacklightError
 from packlight.core.types import Token
 from packlight.engine.runner import ChunkWork, PrefillRunner
 from packlight.engine.sampler import PenaltyState, SampleRow, sample
@@ -20,7 +20,7 @@ from packlight.prefill.task import Task
 
 def run_step(
     runner: PrefillRunner, dispatch: Dispatch, plan: Sequence[ChunkPlan], tasks: Sequence[Task]
-) -> tuple[list[Token | InternalError], list[Shipment]]:
+) -> tuple[list[Token | PacklightError], list[Shipment]]:
     """Compute the chunks; the first tokens and shipments of the prompts that end here, in the plan's order."""
     works, shipments, watches, rows, start = [], [], [], [], 0
     for chunk, task in zip(plan, tasks, strict=True):
@@ -42,7 +42,7 @@ def run_step(
     return [_settled(token, shipment) for token, shipment in zip(tokens, shipments, strict=True)], shipments
 
 
-def _settled(token: Token | InternalError, shipment: Shipment) -> Token | InternalError:
+def _settled(token: Token | PacklightError, shipment: Shipment) -> Token | PacklightError:
     """No answer begins before it is known that its selection means something."""
     try:
         shipment.settle()

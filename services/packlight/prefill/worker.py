@@ -195,7 +195,7 @@ class PrefillWorker:
         self,
         plan: Sequence[ChunkPlan],
         tasks: Sequence[Task],
-        tokens: Sequence[Token | InternalError],
+        tokens: Sequence[Token | PacklightError],
         shipments: Sequence[Shipment],
     ) -> None:
         ended = iter(zip(tokens, shipments, strict=True))
@@ -218,12 +218,12 @@ class PrefillWorker:
                 task.told_s = now
                 task.outbox.put(Waiting())
 
-    def _finish(self, task: Task, token: Token | InternalError, shipment: Shipment) -> None:
+    def _finish(self, task: Task, token: Token | PacklightError, shipment: Shipment) -> None:
         if isinstance(token, Token) and shipment.shadow is not None:
             shadow = tuple(shipment.shadow)
             self._shadows.add(task.request.pack, shadow, task.blocks, task.num_tokens, token.token_id)
         self._retire(task)
-        if isinstance(token, InternalError):
+        if isinstance(token, PacklightError):
             self._meter.failed(token)
             task.outbox.fail(token)
             return

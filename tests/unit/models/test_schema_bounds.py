@@ -10,7 +10,7 @@ import pytest
 
 from packlight.core.errors import InvalidRequest
 from packlight.models.grammar import check_grammar, json_grammar, json_of, lark_grammar
-from packlight.models.schema_bounds import MAX_LEVELS, MAX_PATTERN_CHARS, check_schema
+from packlight.models.schema_bounds import MAX_LEVELS, MAX_PATTERN_CHARS, MAX_PROPERTIES, check_schema
 
 LOWEST = -(2**63)
 
@@ -88,6 +88,14 @@ def test_patterns_are_not_endless(schema: dict[str, Any]) -> None:
     for write in (json_grammar, json_of):
         with pytest.raises(InvalidRequest, match=f"pattern of {2 * MAX_PATTERN_CHARS} characters, the limit is"):
             write(schema)
+
+
+def test_an_object_has_no_thousands_of_properties() -> None:
+    schema = {"type": "object", "properties": {f"p{number}": {} for number in range(MAX_PROPERTIES)}}
+    assert check_grammar(json_grammar(schema)) == []
+    schema["properties"]["one too many"] = {}
+    with pytest.raises(InvalidRequest, match="object of 1001 properties, the limit is 1000"):
+        json_grammar({"items": schema})
 
 
 @pytest.mark.parametrize("number", [10_001, 999_983, 2**31, -(2**31), 10_000.1, 1e300])

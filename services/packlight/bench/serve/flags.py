@@ -6,6 +6,7 @@ Knows flags and their limits, which are refused here with the flag's name. Asks 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Before minutes are spent. Raises ConfigError for a count below 1 and a report that could not be written."""
+    """Before minutes are spent. Raises ConfigError for a count below 1, a report that could not be written and a key
+    that is not there."""
     for flag in ("rounds", "requests", "question_tokens", "turns", "max_tokens"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
@@ -74,6 +76,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for path in (arguments.json, arguments.html, arguments.markdown):
         if path is not None and not Path(path).resolve().parent.is_dir():
             raise ConfigError(f"cannot write {path}: there is no such folder; make it first")
+    if (variable := arguments.api_key_from) is not None and not os.environ.get(variable):
+        raise ConfigError(f"--api-key-from {variable}: there is no such environment variable, or it is empty")
 
 
 def make_targets(arguments: argparse.Namespace) -> tuple[Target, ...]:
