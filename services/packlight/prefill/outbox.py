@@ -5,7 +5,7 @@ the end last. Ends exactly once, with `Shipped` or an error.
 
 A layer is handed over as an iterator of frames, which is drawn here, by the reader: checksums, and the copies that a
 transport makes, are not the compute thread's work. Where a transport yields a future, its bytes are still on their way
-elsewhere: the layer waits, and the layers behind it, until that is done.
+elsewhere: the layer waits, and the layers behind it, until that is done, or the transport waits no longer.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from packlight.core.errors import PacklightError
 from packlight.core.rate import Rate
 from packlight.core.shipping import Accepted, Chunk, FirstToken, LayerHeader, PrefillEvent, ShipFrame, Shipped
 from packlight.transfer.base import Pending
+
+LOOK_AGAIN_S = 5.0
+"""After so long a layer that is still on its way elsewhere is asked whether it is still waited for."""
 
 
 @dataclass(slots=True)
@@ -41,7 +44,8 @@ class ShipTime:
 class Outbox:
     """Created on the event loop that reads it. `put_threadsafe` may be called anywhere, the rest from that loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, look_again_s: float = LOOK_AGAIN_S) -> None:
+        self._look_again_s = look_again_s
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[Iterator[PrefillEvent | Pending] | PacklightError] = deque()
         self._first_token: FirstToken | None = None
@@ -78,9 +82,11 @@ class Outbox:
                 self._wake.clear()
                 if event is None:
                     started = None  # nothing to send: the link rests
+                    await self._wake.wait()
                 else:
                     event.add_done_callback(self._wake_up)
-                await self._wake.wait()
+                    with suppress(TimeoutError):  # then it is asked again: it may wait no longer
+                        await asyncio.wait_for(self._wake.wait(), self._look_again_s)
                 continue
             if isinstance(event, Shipped):
                 self.is_complete, event = True, replace(event, ship_s=self.time.busy_s)

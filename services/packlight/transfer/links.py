@@ -27,6 +27,7 @@ from packlight.transfer.inline import InlineSender
 REST_S = 10.0
 PATIENCE_S = 5.0
 LEAST_BYTES_PER_S = 20e6  # a link slower than this is no better than the stream
+OVERDUE = 3.0  # times the deadline: so late, the link's own thread hangs in its library, and gives nothing up any more
 
 MADE, FAILED, DROPPED = "made", "not made", "dropped"
 """What happens to a link, as logs and metrics say it."""
@@ -58,6 +59,10 @@ class Link(Protocol):
 
     @property
     def is_broken(self) -> bool: ...
+
+    def give_up(self) -> None:
+        """A layer is overdue. Neither waits nor raises."""
+        ...
 
     def close(self) -> None: ...
 
@@ -101,11 +106,16 @@ class LinkSender:
     """One shipment's layers over a link; inline, those that it does not carry."""
 
     def __init__(
-        self, link: Link, submit: Callable[[Tensor], Future[Landed]], release: Callable[[], None] | None = None
+        self,
+        link: Link,
+        submit: Callable[[Tensor], Future[Landed]],
+        release: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`submit` begins to send a payload over `link`: it neither waits nor raises. `release` tells the link that the
         shipment is over, whatever is under way."""
-        self._submit, self._release, self.device, self.ready = submit, release, link.device, link.ready
+        self._link, self._submit, self._release, self._clock = link, submit, release, clock
+        self.device, self.ready = link.device, link.ready
         self._inline = InlineSender()
         self._under_way: list[Future[Landed]] = []
         self._is_released = False
@@ -128,13 +138,16 @@ class LinkSender:
     def _frames(
         self, layer: int, lengths: tuple[int, ...], payload: Tensor, landing: Future[Landed]
     ) -> Iterator[ShipFrame | Pending]:
-        while not landing.done():
+        overdue_s = self._clock() + OVERDUE * deadline_s(payload.numel())
+        while not landing.done() and not self._link.is_broken and self._clock() < overdue_s:
             yield landing
-        if landing.cancelled() or landing.exception() is not None:
-            yield from self._inline.frames(layer, lengths, payload.cpu())
-        else:
+        if not landing.done():
+            self._link.give_up()
+        elif not landing.cancelled() and landing.exception() is None:
             landed = landing.result()
             yield LayerHeader(layer, lengths, payload.numel(), landed.checksum, landed.offset)
+            return
+        yield from self._inline.frames(layer, lengths, payload.cpu())
 
 
 def now_on(payload: Tensor) -> Any:

@@ -92,6 +92,10 @@ class WritingLink:
     def end(self, shipment: Outgoing) -> None:
         self.writer.end(self, shipment)
 
+    def give_up(self) -> None:
+        """From outside the thread, which does not come back from NIXL. What it holds, it keeps."""
+        self.is_broken = True
+
     def close(self) -> None:
         self.writer.close_link(self)
 

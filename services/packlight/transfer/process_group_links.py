@@ -100,6 +100,9 @@ class SendingLink:
             self._parcels.put(parcel)
             return parcel.landing
 
+    def give_up(self) -> None:
+        """Nothing to do: every operation has a deadline, and the link ends with the first that misses it."""
+
     def close(self) -> None:
         """Nothing more is sent. Returns when the thread has ended."""
         self._parcels.put(None)

@@ -154,6 +154,22 @@ async def test_a_layer_on_its_way_elsewhere_holds_up_the_layers_behind_it_but_no
     assert (outbox.time.num_beside, outbox.time.num_inline) == (1, 1)
 
 
+async def test_a_layer_that_is_waited_for_no_longer_goes_on_without_its_landing():
+    outbox, never, num_asked = Outbox(look_again_s=0.001), Future(), 0
+
+    def given_up_in_the_end():
+        nonlocal num_asked
+        while (num_asked := num_asked + 1) < 4:
+            yield never
+        yield from layer(0, 1)
+
+    outbox.put_threadsafe(given_up_in_the_end())
+    await asyncio.sleep(0)
+    outbox.put(END)
+    assert await read_all(outbox) == [*layer(0, 1), END]
+    assert not never.done()
+
+
 async def test_waiting_for_a_layer_counts_as_passing_it_on():
     outbox, landing = Outbox(), Future()
     outbox.put_threadsafe(elsewhere(landing, layer(0, offset=1)))

@@ -8,7 +8,7 @@ import torch
 from packlight.core.errors import ShipmentIncompatible
 from packlight.core.shipping import Chunk, LayerHeader
 from packlight.transfer.base import CPU, Site, checksum, word_sum
-from packlight.transfer.links import REST_S, Landed, LinkDown, Links, LinkSender, deadline_s, refused
+from packlight.transfer.links import OVERDUE, REST_S, Landed, LinkDown, Links, LinkSender, deadline_s, refused
 from tests.support.clock import FakeClock
 
 DATA = torch.arange(200, dtype=torch.uint8)
@@ -28,6 +28,9 @@ class ScriptedLink:
     def released(self):
         self.num_released += 1
 
+    def give_up(self):
+        self.is_broken = True
+
     def close(self):
         self.is_closed = True
 
@@ -38,8 +41,8 @@ def link():
 
 
 @pytest.fixture
-def sender(link):
-    return LinkSender(link, link.submit, link.released)
+def sender(link, clock):
+    return LinkSender(link, link.submit, link.released, clock)
 
 
 @pytest.fixture
@@ -102,6 +105,28 @@ def test_a_layer_that_does_not_land_goes_inline(link, sender, how):
     header, chunk = frames
     assert header == LayerHeader(0, (1,), 200, checksum(DATA.numpy().tobytes()))
     assert chunk == Chunk(memoryview(DATA.numpy()))
+
+
+def test_a_link_that_does_not_come_back_is_given_up_with_all_its_layers(link, sender, clock):
+    first, second = sender.frames(0, (1,), DATA), sender.frames(1, (1,), DATA)
+    limit_s = OVERDUE * deadline_s(DATA.numel())
+    for passed_s in (0.0, limit_s / 2, limit_s * 0.49):
+        clock.advance(passed_s)
+        assert next(first) is link.landings[0]
+        assert not link.is_broken
+    clock.advance(0.02 * limit_s)
+    for frames in (first, second):
+        assert [type(frame) for frame in frames] == [LayerHeader, Chunk]
+        assert link.is_broken
+    link.landings[0].set_result(Landed(0, 0))  # it came back at last, and nobody listens
+    assert [type(frame) for frame in sender.frames(2, (1,), DATA)] == [LayerHeader, Chunk]
+
+
+def test_what_landed_before_its_link_broke_has_landed(link, sender):
+    frames = sender.frames(0, (1,), DATA)
+    link.landings[0].set_result(Landed(64, 12345))
+    link.is_broken = True
+    assert list(frames) == [LayerHeader(0, (1,), 200, 12345, 64)]
 
 
 def test_what_is_refused_at_once_does_not_wait(link):
