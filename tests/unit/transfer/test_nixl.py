@@ -6,7 +6,7 @@ That the real library does what the scripted one does is tested in `tests/contra
 import base64
 import queue
 import threading
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 
 import pytest
 import torch
@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packlight.core.errors import ShipmentCorrupt, ShipmentIncompatible
-from packlight.core.shipping import LayerHeader
+from packlight.core.shipping import Chunk, LayerHeader
 from packlight.transfer import nixl_agent, nixl_writer
 from packlight.transfer.base import LayerOrder, Site, checksum, word_sum
-from packlight.transfer.links import DROPPED, FAILED, MADE, LinkDown
+from packlight.transfer.links import DROPPED, FAILED, MADE, OVERDUE, LinkDown, LinkSender, deadline_s
 from packlight.transfer.nixl import LOST_AFTER_S, Inbox, NixlReceiver, NixlTransport
 from packlight.transfer.nixl_writer import Outgoing, Peer, Writer
 from tests.support.clock import FakeClock
@@ -210,6 +210,23 @@ def test_a_write_that_is_late_ends_the_link(agent, link, events, monkeypatch):
     with pytest.raises(LinkDown):
         link.submit(Outgoing(7, 0, 100), payload(100, 0)).result(5)
     assert events == [MADE, DROPPED]
+
+
+def test_a_write_that_does_not_come_back_from_the_library_holds_up_no_layer(agent, link, monkeypatch):
+    goes_on, clock = threading.Event(), FakeClock()
+    monkeypatch.setattr(agent, "write", lambda *args: goes_on.wait(60) and 1)
+    shipment = Outgoing(7, 0x1000, MIB)
+    sender = LinkSender(link, lambda layer: link.submit(shipment, layer), lambda: link.end(shipment), clock)
+    layers = [sender.frames(number, (10,), payload(1000, seed=number)) for number in range(2)]
+    assert isinstance(next(layers[0]), Future)
+    clock.advance(OVERDUE * deadline_s(1000))
+    assert [[type(frame) for frame in frames] for frames in layers] == [[LayerHeader, Chunk]] * 2
+    assert link.is_broken
+    sender.release()
+    assert agent.told == []  # all the time the library may write there
+    agent.states.put(True)
+    goes_on.set()
+    eventually(lambda: agent.told == [b"7"])
 
 
 def test_memory_that_the_library_does_not_let_go_of_is_kept(agent, link, writer):
