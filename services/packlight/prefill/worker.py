@@ -49,6 +49,9 @@ Clock = Callable[[], float]
 REASSURE_S = 2.0
 """How often who waits is told that the worker steps."""
 
+LONGEST_STEP_S = 10.0
+"""While it steps, nobody hears of a worker; decode workers bear a silence of `decode.prefill_timeout_s`."""
+
 
 class PrefillWorker:
     """Answers `prefill` calls. Create it on the event loop, then keep `run` running until `close`."""
@@ -174,7 +177,7 @@ class PrefillWorker:
             self._config.chunk_tokens,
             self._runner.pool.page_size,
             tokens_per_s=self._meter.recent_tokens_per_s,
-            max_s=self._compute.max_prefill_s,
+            max_s=self._compute.max_prefill_s or LONGEST_STEP_S,
         )
 
     def _admit(self) -> None:
