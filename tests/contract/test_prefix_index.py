@@ -336,7 +336,7 @@ def test_agrees_with_a_naive_model(url: str | None, max_nodes: int, is_exact: bo
     run_state_machine_as_test(
         lambda: NaiveModel(url, max_nodes, is_exact),
         settings=settings(
-            max_examples=50 if url is None else 25,
+            max_examples=25 if url is None else 12,  # the same scripts run in four kinds of server
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

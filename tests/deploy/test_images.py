@@ -91,8 +91,7 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
 
 @pytest.mark.parametrize(("image", "extras"), [("router", ()), ("worker", ("engine",))])
 def test_requirements_are_locked_and_fit(image: str, extras: tuple[str, ...]) -> None:
-    lines = (ROOT / "deploy" / "requirements" / f"{image}.txt").read_text().splitlines()
-    locked = dict(line.split("==") for line in lines if not line.startswith("#"))
+    locked = _locked(image)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(text for extra in extras for text in project["optional-dependencies"][extra])]
     for requirement in map(Requirement, wanted):
@@ -106,52 +105,57 @@ def test_requirements_are_locked_and_fit(image: str, extras: tuple[str, ...]) ->
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_the_router_image_s_steps_make_a_router(tmp_path: Path) -> None:
-    """In a clean environment, with nothing of this one: no torch, SmolLM2 inside, and nothing written but its cache."""
-    image = Image(tmp_path)
-    image.build("router")
-    assert image.run("packlight", "--version").stdout.startswith("packlight ")
-    assert "No module named 'torch'" in image.run("python", "-c", "import torch").stderr
-    assert image.run("pip", "check").returncode == 0
-    before = _files(tmp_path / "opt")
-    port = free_port()
-    settings = [flag for setting in (f"router.port={port}", "log_level=debug") for flag in ("--set", setting)]
-    environ = image.environ | {
-        "HOME": str(tmp_path / "var/cache/packlight"),
-        "PACKLIGHT_HEALTH_URL": f"http://127.0.0.1:{port}/health/live",
-    }
-    with running_process([str(tmp_path / "opt/packlight/bin/packlight"), "router", *settings], environ) as process:
-        process.wait_for("the router listens on", timeout_s=180)
-        checked = subprocess.run([tmp_path / "usr/local/bin/healthcheck"], capture_output=True, text=True, env=environ)
-        assert (checked.returncode, json.loads(checked.stdout)) == (0, {"live": True})
-        environ["PACKLIGHT_HEALTH_URL"] = f"http://127.0.0.1:{port}/health/ready"
-        unready = subprocess.run([tmp_path / "usr/local/bin/healthcheck"], capture_output=True, text=True, env=environ)
-        assert unready.returncode == 1
-        assert json.loads(unready.stdout)["model"] == "smollm2"
-        assert process.end() == 0
-    assert _files(tmp_path / "opt") == before
-
-
-@pytest.mark.slow
-@pytest.mark.e2e
-@pytest.mark.timeout(1800)  # it installs torch, and compiles kernels
-def test_the_worker_image_s_steps_make_a_worker_that_needs_no_compiler(
+@pytest.mark.timeout(1800)  # it installs torch
+def test_the_images_steps_make_a_router_and_a_worker_that_needs_no_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Most forms of the kernels this machine needs too, and the image gets them from here. The plainest is compiled by
-    the image's own step, and so are those that this machine cannot run."""
+    """In a clean environment, with nothing of this one. The worker comes to lie over the router: what both have, which
+    is all that the router has, is installed once."""
     monkeypatch.setenv("PIP_COMPILE", "0")  # bytecode of torch and transformers takes longer than all the rest
     image = Image(tmp_path)
+    image.build("router")
+    _check_router(image)
+    assert _locked("router").items() <= _locked("worker").items(), "a worker on its own would lack something"
     kernels = tmp_path / "opt/packlight/lib/python3.11/site-packages/packlight/native/prebuilt"
-    kernels.mkdir(parents=True)
-    for variant in supported(cpu_flags())[:-1]:
-        shutil.copy(build(variant), kernels)
+    _give_kernels(kernels)
     image.build("worker-cpu")
     assert image.run("packlight", "--version").stdout.startswith("packlight ")
     assert {path.name.split("-")[1] for path in kernels.glob("*.so")} == {variant.name for variant in VARIANTS}
     asked = "from packlight.native.library import open_library; print(open_library().variant.name)"
     image.environ["PATH"] = str(tmp_path / "opt/packlight/bin")
     assert image.run("python", "-c", asked).stdout.strip() == supported(cpu_flags())[0].name
+
+
+def _check_router(image: Image) -> None:
+    """No torch, SmolLM2 inside, and nothing written but its cache."""
+    assert image.run("packlight", "--version").stdout.startswith("packlight ")
+    assert "No module named 'torch'" in image.run("python", "-c", "import torch").stderr
+    before = _files(image.root / "opt")
+    port = free_port()
+    settings = [flag for setting in (f"router.port={port}", "log_level=debug") for flag in ("--set", setting)]
+    environ = image.environ | {
+        "HOME": str(image.root / "var/cache/packlight"),
+        "PACKLIGHT_HEALTH_URL": f"http://127.0.0.1:{port}/health/live",
+    }
+    health = image.root / "usr/local/bin/healthcheck"
+    with running_process([str(image.root / "opt/packlight/bin/packlight"), "router", *settings], environ) as process:
+        process.wait_for("the router listens on", timeout_s=180)
+        checked = subprocess.run([health], capture_output=True, text=True, env=environ)
+        assert (checked.returncode, json.loads(checked.stdout)) == (0, {"live": True})
+        environ["PACKLIGHT_HEALTH_URL"] = f"http://127.0.0.1:{port}/health/ready"
+        unready = subprocess.run([health], capture_output=True, text=True, env=environ)
+        assert unready.returncode == 1
+        assert json.loads(unready.stdout)["model"] == "smollm2"
+        assert process.end() == 0
+    assert _files(image.root / "opt") == before
+
+
+def _give_kernels(folder: Path) -> None:
+    """Most forms of the kernels this machine needs too, and the image gets them from here. The plainest is compiled by
+    the image's own step, and so are those that this machine cannot run."""
+    folder.mkdir(parents=True)
+    for variant in supported(cpu_flags())[:-1]:
+        shutil.copy(build(variant), folder)
 
 
 # ── compose ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -210,6 +214,12 @@ def test_prometheus_takes_its_config(tmp_path: Path) -> None:
         [promtool, "check", "config", ROOT / "deploy" / "prometheus.yaml"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _locked(image: str) -> dict[str, str]:
+    """Package -> version."""
+    lines = (ROOT / "deploy" / "requirements" / f"{image}.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
 def _shipped_steps(target: str) -> list[str]:

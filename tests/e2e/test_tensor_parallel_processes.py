@@ -1,15 +1,20 @@
-"""Real processes: a rank that dies ends its worker, and ranks end with it. What cannot be divided is told at start."""
+"""Real processes: a rank that dies ends its worker, and ranks end with it. What cannot be divided is told at start.
+
+A model is in them only where a test asks it: loading takes seconds, and what becomes of a group does not depend on it.
+"""
 
 import asyncio
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from packlight.core.config import DecodeConfig
 from packlight.core.config_tree import build_config
@@ -17,17 +22,15 @@ from packlight.core.errors import ConfigError, InternalError, WorkerLost
 from packlight.core.workers import Role
 from packlight.embedded import Embedded
 from packlight.engine.engine import open_engine
+from packlight.engine.parallel.crew import Crew
 from packlight.engine.parallel.followers import Followers
 from packlight.engine.parallel.messages import Kind, Message
-from packlight.engine.runner import ChunkWork
 from packlight.models.opened import open_model
-from tests.e2e.helpers import client_of
 from tests.support.cluster import PATIENCE_S, eventually, is_alive, packlight, running_cluster, running_process
 from tests.support.tiny_models import eager_model, write_model_folder
 
 pytestmark = pytest.mark.e2e
 
-WORK = ChunkWork(list(range(3, 19)), 0, np.arange(1, dtype=np.int32), wants_logits=True)
 SMALL = ("model.dtype=float32", "prefill.attention=sdpa", "decode.attention=sdpa",
          "prefill.kv_memory_bytes=8388608", "decode.kv_memory_bytes=8388608")  # fmt: skip
 
@@ -37,25 +40,18 @@ def folder(tmp_path_factory):
     return write_model_folder(tmp_path_factory.mktemp("model") / "llama", eager_model("llama")).path
 
 
-def opened_engine(role, *settings):
-    config = build_config({}, [*SMALL, *settings])
-    return open_engine(open_model(config.model, on_progress=print), config, role, on_progress=print), config
-
-
-async def test_without_a_rank_there_is_no_worker(folder):
-    engine, config = opened_engine(Role.PREFILL, f"model.path={folder}", "prefill.tensor_parallel=2")
+async def test_without_a_rank_there_is_no_worker():
+    crew = Crew(build_config({}, []), 2, 1)
     try:
-        runner = engine.prefill_runner(config.prefill)
-        runner.prefill([WORK])
-        os.kill(engine._crew.followers.pids[0], signal.SIGKILL)
+        os.kill(crew.followers.pids[0], signal.SIGKILL)
         async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(InternalError, match="rank 1 of this worker is gone"):
-                await engine.watch()
+                await crew.watch()
         for reason in ("a rank of this worker failed: ", "a rank of this worker failed before: "):
-            with pytest.raises(WorkerLost, match=reason):
-                runner.prefill([WORK])
+            with pytest.raises(WorkerLost, match=reason), crew.together():
+                crew.group.receive((1,), torch.float32, 1)
     finally:
-        engine.close()
+        crew.close()
 
 
 @pytest.mark.parametrize(
@@ -68,8 +64,9 @@ async def test_without_a_rank_there_is_no_worker(folder):
     ],
 )
 def test_what_cannot_be_divided_is_told_before_anything_starts(folder, settings, reason):
+    config = build_config({}, [*SMALL, f"model.path={folder}", *settings])
     with pytest.raises(ConfigError, match=reason):
-        opened_engine(Role.DECODE, f"model.path={folder}", *settings)
+        open_engine(open_model(config.model, on_progress=print), config, Role.DECODE, on_progress=print)
 
 
 def test_one_process_stays_one():
@@ -86,29 +83,32 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lo
 
 
 @needs_proc
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_followers_end_with_the_first_process(folder, number):
+def test_a_worker_that_is_told_to_end_takes_its_follower_along(folder):
     settings = (f"model.path={folder}", *SMALL, "prefill.tensor_parallel=2", "prefill.drain_s=1")
     with running_process(packlight("prefill", *settings)) as process:
         process.wait_for(r"is ready on")
         (follower,) = children(process.popen.pid)
-        process.popen.send_signal(number)
-        assert process.popen.wait(PATIENCE_S) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+        assert process.end() == 0
         eventually(lambda: not is_alive(follower))
 
 
+FIRST_OF_TWO = """
+import signal
+from packlight.core.config_tree import build_config
+from packlight.engine.parallel.crew import Crew
+crew = Crew(build_config({}, []), 2, 1)
+print("two have met", flush=True)
+signal.pause()
+"""
+
+
 @needs_proc
-def test_a_decode_process_of_two_ranks_serves_and_ends_with_its_follower(folder):
-    settings = (f"model.path={folder}", *SMALL, "decode.tensor_parallel=2")
-    flags = [flag for setting in settings for flag in ("--set", setting)]
-    with running_cluster("--prefill", "0", "--decode", "1", *flags) as cluster:
-        with client_of(cluster.url) as client:
-            request = {"model": "llama", "prompt": "in the morning", "max_tokens": 12, "temperature": 0}
-            said = client.completions.create(**request, extra_body={"kv": {"recipe": "none"}, "ignore_eos": True})
-        assert said.usage.completion_tokens == 12
-        (follower,) = children(cluster.pid("decode-0"))
-        os.kill(follower, signal.SIGKILL)
-        cluster.process.wait_for(r"decode-0 ended unasked, with exit code [1-9]", PATIENCE_S)
+def test_a_follower_ends_when_the_first_process_is_killed():
+    """Nobody closes the pipe or leaves the group."""
+    with running_process([sys.executable, "-c", FIRST_OF_TWO]) as process:
+        process.wait_for("two have met")
+        (follower,) = children(process.popen.pid)
+        process.popen.kill()
         eventually(lambda: not is_alive(follower))
 
 
@@ -126,22 +126,24 @@ def is_terminal(event):
 
 
 @needs_proc
-def test_a_frozen_rank_ends_its_worker_and_the_request_gets_one_error(folder):
+def test_two_ranks_serve_and_a_frozen_one_ends_the_worker_and_the_request_with_one_error(folder):
     settings = (f"model.path={folder}", *SMALL, "decode.tensor_parallel=2", f"decode.rank_timeout_s={TIMEOUT_S}")
     flags = [flag for setting in settings for flag in ("--set", setting)]
-    body = {"model": "llama", "prompt": "in the morning", "max_tokens": 220, "stream": True, "ignore_eos": True}
+    asked = {"model": "llama", "prompt": "in the morning", "temperature": 0, "ignore_eos": True}
     with (
         running_cluster("--prefill", "0", "--decode", "1", *flags) as cluster,
-        httpx.Client(trust_env=False, timeout=60.0) as client,
-        client.stream("POST", f"{cluster.url}/v1/completions", json=body) as response,
+        httpx.Client(base_url=f"{cluster.url}/v1", trust_env=False, timeout=60.0) as client,
     ):
+        said = client.post("/completions", json={**asked, "max_tokens": 12, "kv": {"recipe": "none"}}).json()
+        assert said["usage"]["completion_tokens"] == 12
         (follower,) = children(cluster.pid("decode-0"))
-        events = events_of(response)
-        told = [next(events) for _ in range(4)]
-        frozen_at = time.monotonic()
-        os.kill(follower, signal.SIGSTOP)
-        told += events
-        waited_s = time.monotonic() - frozen_at
+        with client.stream("POST", "/completions", json={**asked, "max_tokens": 220, "stream": True}) as response:
+            events = events_of(response)
+            told = [next(events) for _ in range(4)]
+            frozen_at = time.monotonic()
+            os.kill(follower, signal.SIGSTOP)
+            told += events
+            waited_s = time.monotonic() - frozen_at
         assert [is_terminal(event) for event in told] == [False] * (len(told) - 1) + [True]
         assert told[-1]["error"]["type"] == "server_error"
         assert waited_s > TIMEOUT_S / 2, "it was not waited for"

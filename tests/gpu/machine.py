@@ -84,8 +84,12 @@ def describe(environ: Mapping[str, str], commit: str | None) -> dict[str, Any]:
     for name, command in (("nvcc", ["nvcc", "--version"]), ("compiler", ["c++", "--version"]), ("ninja", _NINJA)):
         lines = _output(command, environ)[0].strip().splitlines()
         found[name] = lines[-1] if lines else None
-    here = _output(["git", "rev-parse", "HEAD"], environ)[0].strip()
-    return found | {"commit": commit or here or None, "measured_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    return found | {"commit": commit_of(environ, commit), "measured_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def commit_of(environ: Mapping[str, str], told: str | None) -> str | None:
+    """What was `told`, else what git says; None where it says nothing."""
+    return told or _output(["git", "rev-parse", "HEAD"], environ)[0].strip() or None
 
 
 def last_object(said: str) -> dict[str, Any]:

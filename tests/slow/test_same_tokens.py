@@ -15,6 +15,8 @@ from tests.support.real_pair import PAGE, greedy, real_pair
 
 pytestmark = pytest.mark.slow
 LONG = 1000
+# Asked alone: less than a page, two that share a beginning, a tale of many pages, and documents that share most.
+ALONE = ("text", "two turns", "two turns, other end", "tale", "document, question 1", "document, question 2")
 NUM_TOKENS = PAGE  # as many as make every answer begin a page, wherever its prompt ended
 
 
@@ -34,21 +36,23 @@ def test_the_prompts_cover_the_claim(cases):
     lengths = [len(ids) for ids, _ in cases.values()]
     assert len(lengths) >= 8
     assert min(lengths) < 40
-    assert max(lengths) > 3000
+    assert max(lengths) > 2100  # many chunks of any size below, and more than twice what kernels read in one piece
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "cpu"])
 async def test_one_at_a_time_then_again_with_prefix_hits(smollm2_model, cases, attention):
     """`cpu` is the compiled kernels, in float32 here as everything is. The longest prompts, which take `sdpa` the
-    longest, it answers below."""
+    longest, it answers below. Beside the prompts that come again are others that nobody has asked before."""
     chosen = {name: case for name, case in cases.items() if attention == "cpu" or len(case[0]) < LONG}
+    alone = [name for name in chosen if name in ALONE]
     async with real_pair(smollm2_model, attention=attention) as pair:
-        for name, (ids, expected) in chosen.items():
+        for name in alone:
+            ids, expected = chosen[name]
             assert await answer(pair.decode, request_for(ids, name)) == expected, name
         again = await asyncio.gather(*(collect(pair.decode, request_for(ids, n)) for n, (ids, _) in chosen.items()))
     for (name, (ids, expected)), (tokens, event) in zip(chosen.items(), again, strict=True):
         assert tokens == expected, name
-        assert event.usage.num_cached_tokens >= len(ids) - 32
+        assert name not in alone or event.usage.num_cached_tokens >= len(ids) - 32
 
 
 @pytest.mark.parametrize("chunk_tokens", [48, 1000])

@@ -147,8 +147,8 @@ class MaskedAttention:
 
 class EvictingAttention:
     """Dense attention over one whole sequence, of which every row of the answer sees what H2O (arXiv 2306.14048) has
-    kept until then: per (layer, KV head) a list of positions and their masses, plain Python, one token at a time.
-    Layers with a sliding window see that window.
+    kept until then: per (layer, KV head) a list of positions and their masses, plain Python, one token at a time. The
+    prompt is attended to at once where nothing of it is evicted. Layers with a sliding window see that window.
 
     Legend as in `MaskedAttention`, S tokens seen."""
 
@@ -164,10 +164,14 @@ class EvictingAttention:
         for head in range(k_TKD.shape[1]):
             heads = slice(head * group, (head + 1) * group)
             mass: dict[int, float] = {}
-            for row in range(len(q_THD)):
+            num_dense = self._num_prompt if sliding_window is None else 0
+            if num_dense:
+                own = q_THD[:num_dense, heads], k_TKD[:num_dense, head], v_TKD[:num_dense, head]
+                out_THD[:num_dense, heads], mass = self._attend_to_all(*own, scale)
+            for row in range(num_dense, len(q_THD)):
                 if sliding_window is not None:
                     mass = dict.fromkeys(range(max(0, row - sliding_window + 1), row), 0.0)
-                elif row >= self._num_prompt:
+                else:
                     self._make_room(mass, row)
                 mass[row] = 0.0
                 seen = sorted(mass)
@@ -177,6 +181,16 @@ class EvictingAttention:
                 for position, share in zip(seen, probs_GS.sum(0).tolist(), strict=True):
                     mass[position] += share
         return out_THD
+
+    def _attend_to_all(
+        self, q_nGD: Tensor, k_nD: Tensor, v_nD: Tensor, scale: float
+    ) -> tuple[Tensor, dict[int, float]]:
+        """One KV head's part of the prompt, of which nothing is evicted, and what mass its positions have gathered."""
+        scores_Gnn = q_nGD.transpose(0, 1).double() @ k_nD.double().T * scale
+        causal_nn = torch.ones(scores_Gnn.shape[1:], dtype=torch.bool).tril()
+        probs_Gnn = scores_Gnn.masked_fill(~causal_nn, -torch.inf).softmax(-1)
+        out_nGD = (probs_Gnn @ v_nD.double()).transpose(0, 1).to(q_nGD.dtype)
+        return out_nGD, dict(enumerate(probs_Gnn.sum((0, 1)).tolist()))
 
     def _make_room(self, mass: dict[int, float], row: int) -> None:
         if row == self._num_prompt:

@@ -292,4 +292,4 @@ def write_wheel(path: Path) -> None:
 def test_a_machine_without_tools_is_described_all_the_same() -> None:
     found = machine.describe({"PATH": "/nowhere"}, None)
     assert (found["nvcc"], found["ninja"], found["commit"]) == (None, None, None)
-    assert machine.describe({"PATH": "/nowhere"}, "c7")["commit"] == "c7"
+    assert machine.commit_of({"PATH": "/nowhere"}, "c7") == "c7"

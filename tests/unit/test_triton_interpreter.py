@@ -18,9 +18,9 @@ FILES = (
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: pip install --no-deps triton==3.9.0")
-@pytest.mark.parametrize("file", FILES)
-def test_the_kernels_do_what_their_twins_in_torch_do(file):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", file]
+def test_the_kernels_do_what_their_twins_in_torch_do():
+    """In one process: what it imports takes longer than many of the tests."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *FILES]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

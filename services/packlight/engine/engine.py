@@ -13,7 +13,7 @@ from packlight.core.config import Config, DecodeConfig, PrefillConfig
 from packlight.core.workers import Role
 from packlight.engine.build import build_model, build_runner
 from packlight.engine.parallel.crew import Crew
-from packlight.engine.parallel.rank import refuse_undivided
+from packlight.engine.parallel.rank import Rank, refuse_undivided
 from packlight.engine.parallel.runner import ParallelDecodeRunner, ParallelRunner
 from packlight.engine.runner import DecodeRunner, PrefillRunner
 from packlight.models.base import LanguageModel
@@ -56,17 +56,17 @@ class LocalEngine:
 
 
 class ParallelEngine:
-    """In as many processes as the crew has ranks."""
+    """In as many processes as the crew has ranks. `rank` is this one's share, of a model that the crew has loaded."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
+    def __init__(self, crew: Crew, rank: Rank) -> None:
+        self._crew, self._rank = crew, rank
 
     def prefill_runner(self, section: PrefillConfig) -> PrefillRunner:
-        return ParallelRunner(self._crew, section.attention, section.kv_memory_bytes)
+        return ParallelRunner(self._crew, self._rank, section.attention, section.kv_memory_bytes)
 
     def decode_runner(self, section: DecodeConfig) -> DecodeRunner:
         memory_bytes, num_rows = section.kv_memory_bytes, section.max_batch
-        return ParallelDecodeRunner(self._crew, section.attention, memory_bytes, num_rows=num_rows)
+        return ParallelDecodeRunner(self._crew, self._rank, section.attention, memory_bytes, num_rows=num_rows)
 
     async def watch(self) -> None:
         await self._crew.watch()
@@ -81,13 +81,5 @@ def open_engine(opened: OpenedModel, config: Config, role: Role, *, on_progress:
     if section.tensor_parallel == 1:
         return LocalEngine(build_model(opened, config.model, role, on_progress=on_progress), config)
     refuse_undivided(opened, config, role, section.tensor_parallel)
-    return ParallelEngine(
-        Crew(
-            opened,
-            config,
-            section.tensor_parallel,
-            section.threads,
-            on_progress,
-            timeout_s=section.rank_timeout_s,
-        )
-    )
+    crew = Crew(config, section.tensor_parallel, section.threads, timeout_s=section.rank_timeout_s)
+    return ParallelEngine(crew, crew.load(opened, config, on_progress))

@@ -1,4 +1,4 @@
-"""The first process of a worker that is in several: it has its own rank, and leads the others.
+"""The first process of a worker that is in several: it leads the others.
 
 Knows how the group is brought together and what happens when it breaks. A rank that raises or dies inside a step leaves
 the others inside a sum, so the group cannot be used again: everything after that fails at once, and `watch` ends the
@@ -23,46 +23,40 @@ WATCH_PERIOD_S = 0.2
 
 
 class Crew:
-    """All ranks, this one included. Create it before the event loop has anything to do: it loads the model."""
+    """The processes of all ranks, this one included, and the models that they have loaded."""
 
-    def __init__(
-        self,
-        opened: OpenedModel,
-        config: Config,
-        num_ranks: int,
-        threads: int | None,
-        on_progress: Callable[[str], None],
-        *,
-        timeout_s: float = 60.0,
-    ) -> None:
-        """`timeout_s` is how long one rank waits for another inside a step. Raises StartupError if a follower ends,
-        ModelError if the model cannot be divided."""
+    def __init__(self, config: Config, num_ranks: int, threads: int | None, *, timeout_s: float = 60.0) -> None:
+        """`timeout_s` is how long one rank waits for another inside a step. Raises StartupError if a follower ends."""
         self._failure: Exception | None = None
         self._culprit: int | None = None
-        self._num_runners = 0
+        self._num_models = self._num_runners = 0
         store = open_store()
         self.followers = Followers(num_ranks, timeout_s)
-        try:
+        with self._or_end():
             for rank in self.followers.ranks:
                 numbers = {"rank": rank, "num_ranks": num_ranks, "port": store.port, "threads": threads or 0}
                 numbers |= {"timeout_ms": round(timeout_s * 1000)}
                 self.followers.tell(rank, Message(Kind.OPEN, numbers, text=config.model_dump_json()))
-            meeting = Meeting(store, 0, num_ranks, self.followers.check_started)
-            meeting.meet("started")
+            self._meeting = Meeting(store, 0, num_ranks, self.followers.check_started)
+            self._meeting.meet("started")
             self.group = Group(store, 0, num_ranks, rank_device(config.model.device, 0), timeout_s)
-            self.rank = Rank(opened, config, 0, num_ranks, meeting.meet, on_progress)
-        except BaseException:
-            self.followers.kill()
-            self.followers.close()
-            raise
 
     @property
     def num_ranks(self) -> int:
         return self.group.num_ranks
 
-    def open_runner(self, kind: Kind, attention: str, numbers: dict[str, int]) -> int:
-        """Every follower makes a runner; its number. The caller makes this rank's."""
-        self.followers.tell_all(Message(kind, numbers, text=attention))
+    def load(self, opened: OpenedModel, config: Config, on_progress: Callable[[str], None]) -> Rank:
+        """Every rank loads its share of a model; this one's. Not while the event loop has anything to do. Raises
+        StartupError if a follower ends, ModelError if the model cannot be divided: that is the end of the crew."""
+        with self._or_end():
+            self.followers.tell_all(Message(Kind.LOAD, text=config.model_dump_json()))
+            rank = Rank(opened, config, self._num_models, self.group, self._meeting, on_progress)
+        self._num_models += 1
+        return rank
+
+    def open_runner(self, kind: Kind, rank: Rank, attention: str, numbers: dict[str, int]) -> int:
+        """Every follower makes a runner of the model of `rank`; its number. The caller makes this rank's."""
+        self.followers.tell_all(Message(kind, {"model": rank.model_number, **numbers}, text=attention))
         self._num_runners += 1
         return self._num_runners - 1
 
@@ -93,3 +87,13 @@ class Crew:
     def close(self) -> None:
         self.followers.close()
         self.group.close()
+
+    @contextmanager
+    def _or_end(self) -> Iterator[None]:
+        """Around what starts the others: if it fails they end."""
+        try:
+            yield
+        except BaseException:
+            self.followers.kill()
+            self.followers.close()
+            raise

@@ -28,10 +28,11 @@ log = logging.getLogger(__name__)
 
 
 class Follower:
-    """Runners by number, in the order in which they were opened."""
+    """Models and runners by number, in the order in which they were loaded and opened."""
 
-    def __init__(self, pipe: BinaryIO, group: Group, rank: Rank) -> None:
-        self._pipe, self._group, self._rank = pipe, group, rank
+    def __init__(self, pipe: BinaryIO, group: Group, meeting: Meeting) -> None:
+        self._pipe, self._group, self._meeting = pipe, group, meeting
+        self._models: list[Rank] = []
         self._runners: list[Runner | PackedShare] = []
 
     def run(self) -> None:
@@ -45,11 +46,10 @@ class Follower:
 
     def _do(self, message: Message) -> None:
         match message.kind:
-            case Kind.EXACT_POOL:
-                self._runners.append(self._rank.exact(message.text, message.numbers["memory_bytes"]))
-            case Kind.PACKED_POOL:
-                runner = self._rank.packed(message.text, message.numbers["memory_bytes"])
-                self._runners.append(PackedShare(runner, num_rows=message.numbers["num_rows"]))
+            case Kind.LOAD:
+                self._load(Config.model_validate_json(message.text))
+            case Kind.EXACT_POOL | Kind.PACKED_POOL:
+                self._runners.append(self._runner(message))
             case Kind.PREFILL:
                 self._prefill(message)
             case Kind.DECODE | Kind.STORE | Kind.SUMMARISE:
@@ -58,6 +58,17 @@ class Follower:
                 self._on_share(share, message)
             case _:
                 raise InternalError(f"rank {self._group.rank} was told {message.kind} between two steps")
+
+    def _load(self, config: Config) -> None:
+        opened = open_model(config.model, on_progress=log.debug)
+        self._models.append(Rank(opened, config, len(self._models), self._group, self._meeting, log.debug))
+        log.info("rank %d of %d is ready", self._group.rank, self._group.num_ranks)
+
+    def _runner(self, message: Message) -> Runner | PackedShare:
+        rank, numbers = self._models[message.numbers["model"]], message.numbers
+        if message.kind is Kind.EXACT_POOL:
+            return rank.exact(message.text, numbers["memory_bytes"])
+        return PackedShare(rank.packed(message.text, numbers["memory_bytes"]), num_rows=numbers["num_rows"])
 
     def _prefill(self, message: Message) -> None:
         runner = self._runners[message.numbers["runner"]]
@@ -124,10 +135,7 @@ def follow(pipe: BinaryIO) -> None:
     meeting.meet("started")
     device, timeout_s = rank_device(config.model.device, index), numbers["timeout_ms"] / 1000
     group = Group(meeting.store, index, num_ranks, device, timeout_s)
-    opened = open_model(config.model, on_progress=log.debug)
-    rank = Rank(opened, config, index, num_ranks, meeting.meet, log.debug)
-    log.info("rank %d of %d is ready", index, num_ranks)
-    Follower(pipe, group, rank).run()
+    Follower(pipe, group, meeting).run()
     group.close()
 
 

@@ -25,7 +25,8 @@ class Kind(StrEnum):
     """What a follower is to do. Between PREFILL with `watched` and the end of its step a follower is asked in every
     layer, until RESUME."""
 
-    OPEN = "open"  # the first message: which model, which rank
+    OPEN = "open"  # the first message: which rank, and how to find the others
+    LOAD = "load"
     EXACT_POOL = "exact_pool"
     PACKED_POOL = "packed_pool"
     PREFILL = "prefill"

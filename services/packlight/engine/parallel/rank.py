@@ -1,7 +1,7 @@
 """One rank's share of a model that is in several processes: its heads, and pools for their KV.
 
-Every process of the group has one, the first as well as its followers. Knows nothing of the others: that its matrix
-products end in a sum over all ranks is the model's affair.
+Every process of the group has one of each model, the first as well as its followers. Knows nothing of the others: that
+its matrix products end in a sum over all ranks is the model's affair.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from packlight.core.errors import ConfigError
 from packlight.core.types import ModelSpec
 from packlight.core.workers import Role
 from packlight.engine.build import build_attention
+from packlight.engine.parallel.group import Group, Meeting
 from packlight.engine.runner import DecodeRunner, Runner
 from packlight.kv.pool import ExactPool, KVPool
 from packlight.models.opened import OpenedModel
 
 
 class Rank:
-    """`index` of `num_ranks`. `meet` returns when every rank has called it with the same name."""
+    """This process's share of the model of that number: models are counted as they are loaded, by every rank alike."""
 
     def __init__(
         self,
         opened: OpenedModel,
         config: Config,
-        index: int,
-        num_ranks: int,
-        meet: Callable[[str], None],
+        model_number: int,
+        group: Group,
+        meeting: Meeting,
         on_progress: Callable[[str], None],
     ) -> None:
         """Loads the model. Raises ModelError if transformers cannot divide it."""
@@ -40,11 +41,16 @@ class Rank:
         from packlight.models.sharded import load_sharded_model
 
         assert opened.folder is not None, "the fake model is refused beforehand"
-        self.index, self.num_ranks = index, num_ranks
-        self.device = rank_device(config.model.device, index)
-        self._spec, self._page_size = rank_spec(opened.spec, num_ranks), config.kv.page_size
+        self.model_number, self.num_ranks = model_number, group.num_ranks
+        self.device = rank_device(config.model.device, group.rank)
+        self._spec, self._page_size = rank_spec(opened.spec, self.num_ranks), config.kv.page_size
         self.model = load_sharded_model(
-            opened.folder, opened.spec, device=self.device, num_ranks=num_ranks, meet=meet, on_progress=on_progress
+            opened.folder,
+            opened.spec,
+            device=self.device,
+            num_ranks=self.num_ranks,
+            meet=lambda name: meeting.meet(f"{name} {model_number}"),
+            on_progress=on_progress,
         )
 
     def exact(self, attention: str, memory_bytes: int) -> Runner:

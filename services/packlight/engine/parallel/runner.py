@@ -18,7 +18,7 @@ from packlight.core.errors import InternalError, WorkerLost
 from packlight.engine.parallel.crew import Crew
 from packlight.engine.parallel.messages import Kind, Message, prefill_message
 from packlight.engine.parallel.pools import GatheredPool, GatheredWindow, ScatteredPool
-from packlight.engine.parallel.rank import window_of
+from packlight.engine.parallel.rank import Rank, window_of
 from packlight.engine.parallel.readings import told_readings
 from packlight.engine.parallel.share import PackedShare
 from packlight.engine.parallel.tables import TableSender
@@ -31,12 +31,12 @@ from packlight.kv.table import HeadPageTable
 class ParallelRunner:
     """A `PrefillRunner` over `num_ranks` pools of exact KV, block for block the same but for the heads."""
 
-    def __init__(self, crew: Crew, attention: str, memory_bytes: int) -> None:
+    def __init__(self, crew: Crew, rank: Rank, attention: str, memory_bytes: int) -> None:
         """Raises ConfigError if not one block fits."""
         self._crew = crew
-        self._own: Runner = crew.rank.exact(attention, memory_bytes)
-        self._number = crew.open_runner(Kind.EXACT_POOL, attention, {"memory_bytes": memory_bytes})
-        self.model, self.pool = crew.rank.model, GatheredPool(crew, self._own.pool)
+        self._own: Runner = rank.exact(attention, memory_bytes)
+        self._number = crew.open_runner(Kind.EXACT_POOL, rank, attention, {"memory_bytes": memory_bytes})
+        self.model, self.pool = rank.model, GatheredPool(crew, self._own.pool)
         self.window = GatheredWindow(crew, window_of(self._own))
         self.packer = TorchPacker(self.pool)
 
@@ -85,14 +85,14 @@ class ParallelDecodeRunner(DecodeRunner):
 
     pool: ScatteredPool
 
-    def __init__(self, crew: Crew, attention: str, memory_bytes: int, *, num_rows: int) -> None:
+    def __init__(self, crew: Crew, rank: Rank, attention: str, memory_bytes: int, *, num_rows: int) -> None:
         """`num_rows` are those of the table. Raises ConfigError if not one block fits."""
         self._crew = crew
-        own = crew.rank.packed(attention, memory_bytes)
+        own = rank.packed(attention, memory_bytes)
         numbers = {"memory_bytes": memory_bytes, "num_rows": num_rows}
-        self._number = crew.open_runner(Kind.PACKED_POOL, attention, numbers)
+        self._number = crew.open_runner(Kind.PACKED_POOL, rank, attention, numbers)
         self._share = PackedShare(own, num_rows=num_rows)
-        super().__init__(crew.rank.model, ScatteredPool(crew, self._share), own.backend)
+        super().__init__(rank.model, ScatteredPool(crew, self._share), own.backend)
         self._sender = TableSender(
             num_ranks=crew.num_ranks, num_pages=self.pool.num_head_pages, page_size=self.pool.page_size
         )
