@@ -95,12 +95,12 @@ async def test_tokens_are_shown_as_they_come(browser: Browser) -> None:
         await text.filter(has_text="The first").wait_for()
         assert await text.text_content() == "The first"
         assert await text.get_attribute("aria-busy") == "true"
-        assert await visit.page.locator("#stop").is_visible()
+        await visit.page.locator("#stop").wait_for()
         rest.set()
         await until_state(visit, "complete")
         assert await text.text_content() == "The first and the rest."
         assert await text.get_attribute("aria-busy") == "false"
-        assert await visit.page.locator("#send").is_visible()
+        await visit.page.locator("#send").wait_for()
 
 
 async def test_the_strip_and_the_figures_beside_an_answer(browser: Browser) -> None:
@@ -142,7 +142,7 @@ async def test_the_prompt_can_be_read_by_pointer_and_by_keyboard(browser: Browse
         box = await field.bounding_box()
         assert box is not None
         await field.hover(position={"x": 2, "y": 2})
-        assert "Token 1, 100" in (await reading.text_content() or "")
+        await reading.filter(has_text="Token 1, 100").wait_for()
         await field.focus()
         await field.press("End")
         said = await field.get_attribute("aria-valuetext") or ""
@@ -152,7 +152,7 @@ async def test_the_prompt_can_be_read_by_pointer_and_by_keyboard(browser: Browse
         assert await field.get_attribute("aria-valuetext") != said
         await visit.page.locator(".whole summary").click()
         prompt = visit.page.locator(".prompt-text")
-        assert "alpha beta gamma delta omega" in (await prompt.text_content() or "")
+        await prompt.filter(has_text="alpha beta gamma delta omega").wait_for()
         levels = await prompt.locator("span").evaluate_all("spans => spans.map(span => span.dataset.level)")
         assert set(levels[:5]) == {"5"}
         assert levels[-1] not in ("5", "0")
@@ -186,7 +186,7 @@ async def test_stop_ends_the_work_behind_it(browser: Browser) -> None:
         await harness.backend.until(lambda: harness.backend.num_open == 0)
         assert list(harness.backend.ended.values()) == ["closed"]
         assert await visit.page.locator(".fault").count() == 0
-        assert await visit.page.locator("#send").is_visible()
+        await visit.page.locator("#send").wait_for()
 
 
 async def test_two_settings_side_by_side(browser: Browser) -> None:
@@ -224,6 +224,7 @@ async def test_markup_in_prompt_and_answer_stays_text(browser: Browser) -> None:
         assert await visit.page.locator(".lane .text").text_content() == SPITE
         assert await visit.page.locator(".question").text_content() == SPITE
         await visit.page.locator(".whole summary").click()
+        await visit.page.locator(".prompt-text span").first.wait_for(state="attached")
         assert SPITE in (await visit.page.locator(".prompt-text").text_content() or "")
         for press in ("Home", *["ArrowRight"] * 20):
             await visit.page.locator(".field").press(press)
@@ -264,7 +265,7 @@ async def test_a_key_is_asked_for_and_kept_in_the_tab_only(browser: Browser, tmp
         await visit.page.press("#key", "Enter")
         await send(visit, "Hello")
         await until_state(visit, "complete")
-        assert not await visit.page.locator("#key-form").is_visible()
+        await visit.page.locator("#key-form").wait_for(state="hidden")
         assert await visit.page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
         assert await visit.page.input_value("#key") == ""
 

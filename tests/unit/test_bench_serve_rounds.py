@@ -171,11 +171,16 @@ def test_others_stand_still_with_their_children() -> None:
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
         eventually(children.read_text)
         pids = [parent.pid, int(children.read_text())]
+        eventually(lambda: command(pids[1]) != command(pids[0]))  # until then the parent sleeps deeper than any signal
         with paused([parent.pid, 2**22 + 1]):  # no process has this number
             eventually(lambda: [state(pid) for pid in pids] == ["T", "T"])
         eventually(lambda: all(state(pid) in "SR" for pid in pids))
     finally:
         parent.communicate(b"\n", timeout=20)
+
+
+def command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def state(pid: int) -> str:
